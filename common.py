@@ -1,0 +1,799 @@
+"""What every chapter shares: data, metrics and the run folder. Nothing here knows a model, a loss or a method.
+
+    from common import Batches, Run, load_dataset, ...
+
+Three parts, each under its own banner:
+    Data      load_dataset -> Dataset (uint8, in memory); long tails; sampling orders; Batches, the loader
+    Metrics   accuracy by class and by class size, calibration, neural-collapse statistics in one pass
+    Record    the run folder: config, metrics by epoch, checkpoint, result, features
+
+Symbols, here and in every script: K classes, d feature dimension, N samples, B batch, n_k images of class k,
+h features (row vectors), W class vectors (K, d), M class means (K, d).
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class UserError(Exception):
+    """Something only the user can mend. The scripts print it as one line on stderr and exit with code 2."""
+
+
+# %% ------------------------------------------------------------------------------------------------- Data
+
+
+class Spec(NamedTuple):
+    """What is known of a data set before it is read; pad and flip are its usual augmentation."""
+
+    classes: int
+    shape: tuple[int, int, int]  # (H, W, C)
+    pad: int  # pixels of zero padding for the random crop
+    flip: bool  # mirror left-right? A mirrored digit is no digit any more
+
+
+SPECS = {
+    "digits": Spec(10, (8, 8, 1), 1, False),
+    "mnist": Spec(10, (28, 28, 1), 2, False),
+    "fashionmnist": Spec(10, (28, 28, 1), 4, True),
+    "cifar10": Spec(10, (32, 32, 3), 4, True),
+    "cifar100": Spec(100, (32, 32, 3), 4, True),
+    "svhn": Spec(10, (32, 32, 3), 4, False),
+    "stl10": Spec(10, (96, 96, 3), 12, True),
+}
+
+
+class Dataset(NamedTuple):
+    """A data set in memory. Images are uint8 (N, H, W, C); labels int64 (N,); mean and std (C,) in [0, 1]."""
+
+    train_x: Tensor
+    train_y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+    classes: tuple[str, ...]
+    mean: Tensor  # of the full training split, so that a long tail does not move it
+    std: Tensor
+    pad: int
+    flip: bool
+
+    @property
+    def counts(self) -> Tensor:
+        """n_k: training images of each class, (K,)."""
+        return torch.bincount(self.train_y, minlength=len(self.classes))
+
+
+def load_dataset(
+    name: str,
+    data_dir: str | Path = "data",
+    *,
+    imbalance: float = 100.0,
+    profile: str = "exp",
+    subset_seed: int = 0,
+    image_size: int = 32,
+) -> Dataset:
+    """Load a data set by name; with the suffix `lt` its training split is made long-tailed.
+
+    name: a key of SPECS, or `folder:PATH` with PATH/train/CLASS/*.png and PATH/test/CLASS/*.png; with `lt`:
+    `cifar100lt`, `folderlt:PATH`. imbalance, profile and subset_seed only matter with `lt`; image_size only
+    for folders (pixels; short side resized, then the centre is cut).
+    Raises UserError for an unknown name, a bad file, or data that cannot be downloaded.
+    """
+    base, colon, path = name.partition(":")
+    long_tailed = base.endswith("lt")
+    base = base.removesuffix("lt")
+    if base == "folder" and colon:
+        arrays, pad, flip = _read_folder(Path(path), image_size), image_size // 8, True
+    elif base in SPECS and not colon:
+        arrays, pad, flip = _read_named(base, Path(data_dir)), SPECS[base].pad, SPECS[base].flip
+    else:
+        names = ", ".join(SPECS)
+        raise UserError(
+            f"--dataset {name}: unknown; one of {names}, folder:PATH, or one of them with lt (cifar100lt)"
+        )
+    train_x, train_y, test_x, test_y = (torch.from_numpy(arrays[key]) for key in _ARRAYS)
+    mean, std = _channel_statistics(train_x)
+    if long_tailed:
+        keep = long_tail_subset(train_y, len(arrays["classes"]), imbalance, profile, subset_seed)
+        train_x, train_y = train_x[keep], train_y[keep]
+    classes = tuple(str(c) for c in arrays["classes"])
+    return Dataset(train_x, train_y, test_x, test_y, classes, mean, std, pad, flip)
+
+
+_ARRAYS = ("train_x", "train_y", "test_x", "test_y")
+
+
+def _channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel over all pixels, exact, from counts of the 256 values.
+
+    (The often-copied CIFAR std .2023/.1994/.2010 is the mean of the images' own stds; over pixels it is .247.)
+    """
+    values = torch.arange(256, dtype=torch.float64) / 255
+    mean, std = [], []
+    for channel in range(images.shape[3]):
+        share = (
+            torch.bincount(images[..., channel].flatten(), minlength=256).double() / images[..., 0].numel()
+        )
+        mean.append((share * values).sum())
+        std.append((share * (values - mean[-1]) ** 2).sum().sqrt())
+    return torch.stack(mean).float(), torch.stack(std).float().clamp_min(
+        1e-3
+    )  # a constant channel stays finite
+
+
+def _read_named(name: str, data_dir: Path) -> dict[str, np.ndarray]:
+    """A named data set: embedded, from DATA_DIR/NAME.npz, or through torchvision, which is then cached there."""
+    if name == "digits":
+        return _read_digits()
+    cache = data_dir / f"{name}.npz"
+    if not cache.exists():
+        arrays = _read_torchvision(name, data_dir)
+        _check_arrays(arrays, SPECS[name], f"torchvision's {name} in {data_dir}")
+        write_atomically(cache, lambda part: np.savez(part, **arrays))
+        return arrays
+    try:
+        with np.load(cache, allow_pickle=False) as file:  # never unpickles: an object array raises ValueError
+            arrays = {key: file[key] for key in (*_ARRAYS, "classes")}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{cache}: not a readable data file ({reason}); delete it to load {name} anew"
+        ) from None
+    _check_arrays(arrays, SPECS[name], str(cache))
+    return arrays
+
+
+def _check_arrays(arrays: dict[str, np.ndarray], spec: Spec, where: str) -> None:
+    """Shapes, types, label range and class count, before anything is trained on them."""
+
+    def require(ok: bool, found: str) -> None:
+        if not ok:
+            raise UserError(f"{where}: {found}; delete or replace the file")
+
+    K = len(arrays["classes"])
+    require(arrays["classes"].ndim == 1 and K == spec.classes, f"{K} classes, expected {spec.classes}")
+    for split in ("train", "test"):
+        x, y = arrays[f"{split}_x"], arrays[f"{split}_y"]
+        expected = f"(N, {', '.join(map(str, spec.shape))}) uint8"
+        require(x.dtype == np.uint8 and x.ndim == 4, f"{split}_x is {x.shape} {x.dtype}, expected {expected}")
+        require(x.shape[1:] == spec.shape, f"{split}_x is {x.shape} {x.dtype}, expected {expected}")
+        require(len(x) > 0, f"{split}_x is empty")
+        ok = y.shape == (len(x),) and np.issubdtype(y.dtype, np.integer)
+        require(ok, f"{split}_y is {y.shape} {y.dtype}, expected ({len(x)},) integers")
+        require(
+            0 <= y.min() and y.max() < K,
+            f"{split}_y has labels {y.min()} to {y.max()}, expected 0 to {K - 1}",
+        )
+        arrays[f"{split}_y"] = y.astype(np.int64)
+
+
+def _read_digits() -> dict[str, np.ndarray]:
+    """scikit-learn's 1,797 real handwritten digits, 8 x 8, split once and for all into 1,437 and 360."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    x, y = load_digits(return_X_y=True)
+    x = np.round(x.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
+    train_x, test_x, train_y, test_y = train_test_split(
+        x, y.astype(np.int64), test_size=360, stratify=y, random_state=0
+    )
+    classes = np.array([str(k) for k in range(10)])
+    return dict(train_x=train_x, train_y=train_y, test_x=test_x, test_y=test_y, classes=classes)
+
+
+def _read_torchvision(name: str, data_dir: Path) -> dict[str, np.ndarray]:
+    """Through torchvision, which downloads what is missing and compares checksums.
+
+    CIFAR's official files are pickles; torchvision opens them only after their MD5 is found right.
+    """
+    from torchvision import datasets
+
+    make = {
+        "mnist": lambda train: datasets.MNIST(data_dir, train=train, download=True),
+        "fashionmnist": lambda train: datasets.FashionMNIST(data_dir, train=train, download=True),
+        "cifar10": lambda train: datasets.CIFAR10(data_dir, train=train, download=True),
+        "cifar100": lambda train: datasets.CIFAR100(data_dir, train=train, download=True),
+        "svhn": lambda train: datasets.SVHN(data_dir, split="train" if train else "test", download=True),
+        "stl10": lambda train: datasets.STL10(data_dir, split="train" if train else "test", download=True),
+    }[name]
+    arrays = {}
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with contextlib.redirect_stdout(sys.stderr):  # its progress messages do not belong to our output
+            for split in ("train", "test"):
+                data = make(split == "train")
+                x = np.asarray(data.data)
+                if x.ndim == 3:  # MNIST: (N, H, W)
+                    x = x[..., None]
+                elif name in ("svhn", "stl10"):  # (N, C, H, W)
+                    x = x.transpose(0, 2, 3, 1)
+                y = data.labels if hasattr(data, "labels") else data.targets
+                arrays[f"{split}_x"] = np.ascontiguousarray(x)
+                arrays[f"{split}_y"] = np.asarray(y, dtype=np.int64)
+    except (OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"--dataset {name}: neither found nor downloaded ({reason}); "
+            f"connect to a network, or put the data at {data_dir / name}.npz"
+        ) from None
+    classes = getattr(data, "classes", None) or [str(k) for k in range(SPECS[name].classes)]
+    return {**arrays, "classes": np.array([str(c) for c in classes])}
+
+
+_FOLDER_LIMIT = 16 * 2**30  # bytes of decoded images that we are willing to hold
+
+
+def _read_folder(path: Path, size: int) -> dict[str, np.ndarray]:
+    """PATH/train/CLASS/* and PATH/test/CLASS/* as torchvision's ImageFolder reads them, decoded to (size, size)."""
+    from PIL import Image, UnidentifiedImageError
+    from torchvision import datasets, transforms
+
+    if size < 1:
+        raise UserError(f"--image-size {size}: expected a number of pixels, 1 or more")
+    cut = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size)])
+
+    def decode(item: tuple[str, int]) -> np.ndarray:
+        try:
+            with Image.open(item[0]) as image:
+                return np.asarray(cut(image.convert("RGB")))
+        except (OSError, UnidentifiedImageError) as error:
+            raise UserError(f"{item[0]}: not a readable image ({error}); mend or remove it") from None
+
+    arrays, classes = {}, None
+    for split in ("train", "test"):
+        try:
+            found = datasets.ImageFolder(str(path / split))
+        except OSError as error:
+            raise UserError(
+                f"--dataset folder:{path}: {error}; expected {path / split}/CLASS/IMAGE"
+            ) from None
+        if classes is not None and found.classes != classes:
+            odd = sorted(set(found.classes) ^ set(classes))[0]
+            raise UserError(
+                f"--dataset folder:{path}: train and test have different classes ({odd} is in one only)"
+            )
+        classes = found.classes
+        if len(found.samples) * size * size * 3 > _FOLDER_LIMIT:
+            gib = len(found.samples) * size * size * 3 / 2**30
+            raise UserError(
+                f"--dataset folder:{path}: {gib:.0f} GiB at --image-size {size}; choose a smaller size"
+            )
+        images = np.empty((len(found.samples), size, size, 3), dtype=np.uint8)
+        with ThreadPoolExecutor() as pool:  # PIL decodes outside the interpreter lock
+            for i, image in enumerate(pool.map(decode, found.samples)):
+                images[i] = image
+        arrays[f"{split}_x"], arrays[f"{split}_y"] = images, np.array(found.targets, dtype=np.int64)
+    return {**arrays, "classes": np.array(classes)}
+
+
+def long_tail_counts(K: int, n_max: int, imbalance: float, profile: str = "exp") -> list[int]:
+    """Images per class, head first, n_max / n_min = imbalance.
+
+    exp:  n_k = int(n_max * (1/IF)^(k/(K-1))), the convention of the published tables (Cui et al. 2019);
+    step: the first half of the classes keeps n_max, the others get n_max / IF (Buda et al. 2018).
+    Raises UserError for an imbalance below 1 or an unknown profile.
+    """
+    if not 1 <= imbalance < float("inf"):
+        raise UserError(f"--imbalance {imbalance:g}: expected largest over smallest class, 1 or more")
+    if profile == "exp":
+        counts = [int(n_max * (1 / imbalance) ** (k / max(K - 1, 1))) for k in range(K)]
+    elif profile == "step":
+        counts = [n_max if k < K - K // 2 else int(n_max / imbalance) for k in range(K)]
+    else:
+        raise UserError(f"--profile {profile}: expected exp or step")
+    return [max(n, 1) for n in counts]  # no class is left empty
+
+
+def long_tail_subset(y: Tensor, K: int, imbalance: float, profile: str = "exp", seed: int = 0) -> Tensor:
+    """Indices of a long-tailed subset of labels y (N,), class by class in label order.
+
+    n_max is N / K. A class that has fewer images than its quota (SVHN's digit 0) gives all it has, and its
+    neighbours keep theirs: labels and images cannot slide apart. The draw has its own seed, so that every run
+    of a table trains on the same images whatever its own seed is.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    quotas = long_tail_counts(K, len(y) // K, imbalance, profile)
+    subset = []
+    for k, quota in enumerate(quotas):
+        members = (y == k).nonzero().flatten()
+        if len(members) == 0:
+            raise UserError(f"class {k} has no training image")
+        subset.append(members[torch.randperm(len(members), generator=generator)[:quota]])
+    return torch.cat(subset)
+
+
+class ClassCycles:
+    """Images of each class in shuffled cycles: none comes again before every other of its class has come.
+
+    `take(labels)` answers a list of labels (T,) with image indices (T,). The position in every cycle is kept
+    from call to call; `state_dict` holds it for a checkpoint. Raises UserError for a class without images.
+    """
+
+    def __init__(self, y: Tensor, K: int, generator: torch.Generator):
+        self.generator = generator
+        counts = torch.bincount(y, minlength=K)
+        if (counts == 0).any():
+            raise UserError(f"class {int(counts.argmin())} has no training image")
+        self.ends = counts.cumsum(0)
+        self.order = torch.argsort(y, stable=True)  # (N,): class after class
+        self.position = self.ends.clone()  # (K,): every cycle is used up, so the first take shuffles it
+
+    def take(self, labels: Tensor) -> Tensor:
+        index = torch.empty_like(labels)
+        by_class = torch.argsort(labels, stable=True)
+        wanted = torch.bincount(labels, minlength=len(self.ends))
+        for k, slots in enumerate(by_class.split(wanted.tolist())):
+            start, end = (int(self.ends[k - 1]) if k else 0), int(self.ends[k])
+            while len(slots):
+                if self.position[k] == end:
+                    cycle = self.order[start:end]
+                    self.order[start:end] = cycle[torch.randperm(end - start, generator=self.generator)]
+                    self.position[k] = start
+                at = int(self.position[k])
+                n = min(len(slots), end - at)
+                index[slots[:n]] = self.order[at : at + n]
+                self.position[k] += n
+                slots = slots[n:]
+        return index
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"order": self.order, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.order, self.position = state["order"].clone(), state["position"].clone()
+
+
+class Views(NamedTuple):
+    """T draws of images and the crop and mirror each one gets, all (T,) on the loader's device."""
+
+    index: Tensor
+    top: Tensor
+    left: Tensor
+    mirror: Tensor
+
+    def __getitem__(self, part):  # views[10:20] are ten views, not a field
+        return Views(*(field[part] for field in tuple(self)))
+
+
+class Batches:
+    """Device-resident loader: uint8 images stay on the device, and a batch is one gather away.
+
+    `views(index, generator)` draws a random crop and flip for each draw of an image: an image drawn thirty
+    times an epoch gets thirty crops. All of an epoch is drawn at once on the CPU, so nothing synchronises
+    within the epoch and the same seed gives the same views on every device.
+    `load(views)` gives the normalised batch, float32 (B, C, H, W), channels_last in memory.
+    """
+
+    def __init__(self, images: Tensor, mean: Tensor, std: Tensor, *, pad=0, flip=False, device="cpu"):
+        self.N, self.H, self.W, self.C = N, *_ = images.shape
+        self.pad, self.flip, self.device = pad, flip, torch.device(device)
+        padded = torch.zeros(N, self.H + 2 * pad, self.W + 2 * pad, self.C, dtype=torch.uint8)
+        padded[:, pad : pad + self.H, pad : pad + self.W] = images
+        self.padded_size = padded.shape[1:3]
+        # Rows of W pixels starting at every pixel, as an overlapping view without a copy: (pixels - W + 1, W*C).
+        # A crop is then H of these rows, whatever its offset: one gather of whole rows.
+        pixels = padded.to(self.device).flatten()
+        self.rows = pixels.unfold(0, self.W * self.C, self.C)
+        # (x / 255 - mean) / std = x * scale + shift, repeated over a row so that it vectorises
+        scale, shift = 1 / (255 * std), -mean / std
+        self.scale = scale.repeat(self.W).to(self.device)  # (W * C,)
+        self.shift = shift.repeat(self.W).to(self.device)
+        self.down = torch.arange(self.H, device=self.device) * self.padded_size[1]  # (H,)
+
+    def views(self, index: Tensor, generator: torch.Generator | None = None) -> Views:
+        """A random view of each drawn image index (T,); without a generator the plain one, for evaluation."""
+        T = len(index)
+        if generator is None:
+            top = left = torch.full((T,), self.pad)
+            mirror = torch.zeros(T, dtype=torch.bool)
+        else:
+            top, left = torch.randint(2 * self.pad + 1, (2, T), generator=generator)
+            mirror = torch.rand(T, generator=generator) < (0.5 if self.flip else 0.0)
+        return Views(*(field.to(self.device) for field in (index, top, left, mirror)))
+
+    def load(self, views: Views) -> Tensor:
+        """The views' pixels, normalised: (B, C, H, W) float32, channels_last."""
+        B, (Hp, Wp) = len(views.index), self.padded_size
+        start = (views.index * Hp + views.top) * Wp + views.left  # (B,): the crop's first pixel
+        x = self.rows[start[:, None] + self.down]  # (B, H) rows -> (B, H, W * C) uint8
+        if self.flip:
+            mirrored = x.view(B, self.H, self.W, self.C).flip(2).view_as(x)
+            x = torch.where(views.mirror[:, None, None], mirrored, x)
+        x = torch.addcmul(self.shift, x.float(), self.scale)
+        return x.view(B, self.H, self.W, self.C).permute(0, 3, 1, 2)
+
+
+def split_evenly(T: int, batch_size: int) -> list[slice]:
+    """ceil(T / batch_size) batches whose sizes differ by at most one: BatchNorm never meets a batch of one."""
+    steps = -(-T // batch_size)
+    edges = [round(T * i / steps) for i in range(steps + 1)]
+    return [slice(a, b) for a, b in itertools.pairwise(edges)]
+
+
+# %% ---------------------------------------------------------------------------------------------- Metrics
+
+
+def accuracy_per_class(prediction: Tensor, y: Tensor, K: int) -> Tensor:
+    """Share of each class's samples that are predicted right, (K,) float64; nan for a class without samples."""
+    right = torch.bincount(y[prediction == y], minlength=K).double()
+    return right / torch.bincount(y, minlength=K)
+
+
+def shot_groups(counts: Tensor) -> tuple[dict[str, Tensor], str]:
+    """Classes by training images: many (> 100), medium (20 to 100), few (< 20), and the rule in words.
+
+    Where that rule leaves a group empty the classes are cut into thirds by size. (Liu et al. 2019.)
+    """
+    groups = {"many": counts > 100, "medium": (counts >= 20) & (counts <= 100), "few": counts < 20}
+    rule = "many > 100, medium 20 to 100, few < 20 training images"
+    if not all(mask.any() for mask in groups.values()):
+        order = torch.argsort(counts, descending=True, stable=True)
+        thirds = torch.tensor_split(order, 3)
+        groups = {name: torch.zeros_like(counts, dtype=torch.bool) for name in groups}
+        for mask, third in zip(groups.values(), thirds, strict=True):
+            mask[third] = True
+        rule = "many, medium, few: thirds of the classes by training images"
+    return {name: mask.nonzero().flatten() for name, mask in groups.items()}, rule
+
+
+def expected_calibration_error(probability: Tensor, y: Tensor, bins: int = 15) -> float:
+    """ECE = sum_b n_b/N |accuracy_b - confidence_b| over equal-width bins of confidence (Guo et al. 2017).
+
+    probability (N, K), y (N,) -> in [0, 1]
+    """
+    confidence, prediction = probability.double().max(1)
+    right = (prediction == y).double()
+    which = (confidence * bins).ceil().long().clamp(1, bins) - 1  # bins are (0, 1/b], (1/b, 2/b], ...
+    gap = torch.zeros(bins, dtype=torch.float64, device=y.device).index_add_(0, which, right - confidence)
+    return float(gap.abs().sum() / len(y))
+
+
+def cosines(V: Tensor) -> Tensor:
+    """Pairwise cosines of the rows of V, (K, d) -> (K, K) float64. A zero row gives cosine 0."""
+    V = torch.nn.functional.normalize(V.double(), dim=1)
+    return V @ V.T
+
+
+def mean_pairwise_cosine(V: Tensor, classes: Tensor) -> float:
+    """Mean cosine between the rows `classes` of V. 1: minority collapse (Fang et al. 2021); -1/(K-1): an ETF.
+
+    nan where there are fewer than two classes.
+    """
+    n = len(classes)
+    if n < 2:
+        return float("nan")
+    C = cosines(V[classes])
+    return float((C.sum() - C.diagonal().sum()) / (n * (n - 1)))
+
+
+class CollapseStatistics:
+    """Neural-collapse statistics of features in one pass, for any batch order and size.
+
+    Keeps counts n_k (K,), means M (K, d) and the pooled within-class scatter (d, d), float64, and merges
+    each batch by Chan's update: every increment is positive semi-definite, so nothing cancels, and a spread
+    of 1e-7 around features of norm 100 is still right. (sum h h^T - sum n_k mu mu^T would be noise there.)
+
+        Sigma_W = 1/N sum_i (h_i - mu_y)(h_i - mu_y)^T      pooled over samples
+        Sigma_B = 1/K sum_k (mu_k - mu_G)(mu_k - mu_G)^T     mu_G = mean of the class means
+
+    Under imbalance mu_G as the mean of all samples would be another Sigma_B; we follow Papyan, Han, Donoho (2020).
+    """
+
+    def __init__(self, K: int, d: int, device: torch.device | str = "cpu"):
+        # Apple's MPS has no float64: accumulate on the CPU there
+        self.device = torch.device("cpu") if torch.device(device).type == "mps" else torch.device(device)
+        self.count = torch.zeros(K, dtype=torch.float64, device=self.device)
+        self.mean = torch.zeros(K, d, dtype=torch.float64, device=self.device)
+        self.scatter = torch.zeros(d, d, dtype=torch.float64, device=self.device)
+
+    def update(self, h: Tensor, y: Tensor) -> None:
+        """Add a batch of features h (B, d) with labels y (B,)."""
+        h, y = h.detach().to(self.device, torch.float64), y.to(self.device)
+        K = len(self.count)
+        m = torch.bincount(y, minlength=K).double()
+        mean = torch.zeros_like(self.mean).index_add_(0, y, h) / m.clamp_min(1)[:, None]
+        within = h - mean[y]  # (B, d)
+        total = (self.count + m).clamp_min(1)
+        shift = (mean - self.mean) * (m > 0)[:, None]  # (K, d)
+        # S += Z^T Z + sum_k n_k m_k / (n_k + m_k) (mean_k - mu_k)(mean_k - mu_k)^T
+        self.scatter += within.T @ within + shift.T @ (shift * (self.count * m / total)[:, None])
+        self.mean += shift * (m / total)[:, None]
+        self.count += m
+
+    def centred_means(self) -> Tensor:
+        """mu_k - mu_G, (K, d). Raises ValueError where a class has no sample."""
+        if (self.count == 0).any():
+            raise ValueError(f"class {int(self.count.argmin())} has no sample")
+        return self.mean - self.mean.mean(0)
+
+    def nc1(self) -> tuple[float, int]:
+        """NC1 = tr(Sigma_W pinv(Sigma_B)) / K, and the rank of Sigma_B that was kept (K - 1 if all is well).
+
+        By the K x K Gram matrix of the scaled means, G = M~ M~^T = U diag(l) U^T, M~ = (mu_k - mu_G)/sqrt(K):
+            tr(Sigma_W pinv(Sigma_B)) = sum_{l_r > tol} l_r^-2 u_r^T (M~ Sigma_W M~^T) u_r
+        so no d x d inverse is needed and K > d works. Two class means that (nearly) coincide give an l_r near
+        0; the cut-off drops it, NC1 jumps, and only the rank tells. nan where no mean differs (rank 0).
+        """
+        K, d = self.mean.shape
+        M = self.centred_means() / K**0.5
+        values, U = torch.linalg.eigh(M @ M.T)
+        # the rounding of the means themselves, relative to features as long as theirs, bounds what is signal
+        tol = max(K, d) * torch.finfo(torch.float64).eps * max(float(values[-1]), 1e-300)
+        keep = values > tol
+        P = U[:, keep].T @ M  # (rank, d)
+        A = ((P @ self.scatter) * P).sum(1) / self.count.sum()  # u_r^T M~ Sigma_W M~^T u_r
+        rank = int(keep.sum())
+        return (float((A / values[keep] ** 2).sum() / K) if rank else float("nan")), rank
+
+
+def equinorm(V: Tensor) -> float:
+    """NC2, lengths: std / mean of the rows' norms (population std). 0 for an ETF. (Papyan, Han, Donoho 2020.)"""
+    norm = V.double().norm(dim=1)
+    return float(norm.std(correction=0) / norm.mean())
+
+
+def equiangularity(V: Tensor) -> float:
+    """NC2, angles: mean over pairs of |cos + 1/(K-1)|. 0 for a simplex ETF. (Papyan, Han, Donoho 2020.)"""
+    K = len(V)
+    off = (cosines(V) + 1 / (K - 1)).abs()
+    return float((off.sum() - off.diagonal().sum()) / (K * (K - 1)))
+
+
+def self_duality(W: Tensor, M: Tensor) -> float:
+    """NC3: ||W/||W||_F - M/||M||_F||_F^2 for class vectors W and centred means M, both (K, d); in [0, 4]."""
+    W, M = W.double().to(M.device), M.double()
+    return float((W / W.norm() - M / M.norm()).square().sum())
+
+
+def nearest_mean_mismatch(h: Tensor, prediction: Tensor, M: Tensor) -> float:
+    """NC4: share of features h (N, d) whose nearest class mean M (K, d) is not the classifier's prediction (N,)."""
+    h, M = h.double().to(M.device), M.double()
+    centre = M.mean(0)  # distances by matrix products lose digits far from the origin: centre first
+    nearest = torch.cdist(h - centre, M - centre).argmin(1)
+    return float((nearest != prediction.to(M.device)).double().mean())
+
+
+def collapse_metrics(h: Tensor, y: Tensor, W: Tensor, prediction: Tensor, few: Tensor) -> dict[str, float]:
+    """All of NC1..NC4 and minority collapse for features h (N, d), labels y, class vectors W (K, d)."""
+    statistics = CollapseStatistics(*W.shape, device=h.device)
+    for part in split_evenly(len(h), 8192):
+        statistics.update(h[part], y[part])
+    M = statistics.centred_means()
+    nc1, rank = statistics.nc1()
+    return {
+        "nc1": nc1,
+        "nc1_rank": rank,
+        "nc2_equinorm_M": equinorm(M),
+        "nc2_equinorm_W": equinorm(W),
+        "nc2_equiangular_M": equiangularity(M),
+        "nc2_equiangular_W": equiangularity(W),
+        "nc3": self_duality(W, M),
+        "nc4": nearest_mean_mismatch(h, prediction, statistics.mean),
+        "minority_cosine_M": mean_pairwise_cosine(M, few.to(M.device)),
+        "minority_cosine_W": mean_pairwise_cosine(W, few.to(W.device)),
+    }
+
+
+# %% ----------------------------------------------------------------------------------------------- Record
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA, else Apple's MPS, else the CPU. Raises UserError for a device that is not there."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(n for n, there in available.items() if there)
+    if not available[name]:
+        raise UserError(f"--device {name}: not available here; use --device auto")
+    return torch.device(name)
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """`auto` is bf16 where hardware multiplies it fast (CUDA; CPUs with AMX or AVX512-BF16), else fp32."""
+    if name != "auto":
+        return name
+    if device.type == "cpu":
+        with contextlib.suppress(OSError):
+            flags = Path("/proc/cpuinfo").read_text().split()
+            return "bf16" if {"amx_bf16", "avx512_bf16"} & set(flags) else "fp32"
+        return "fp32"
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def hardware(device: torch.device) -> str:
+    """What the run ran on, in words, for config.json and for tables."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        model = found.group(1).strip() if found else model
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+def write_atomically(path: Path, write) -> None:
+    """write(part) fills a temporary file beside path, which is then renamed: path is whole or not there.
+
+    Raises UserError where the folder cannot be written or the disk is full; the temporary file is removed.
+    """
+    part = path.with_name(f".{path.name}.part{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(part)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(
+            f"{path}: cannot be written ({reason}); free space or choose another folder"
+        ) from None
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def _versions() -> dict[str, str]:
+    import torchvision
+
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    return {**versions, "torchvision": torchvision.__version__}
+
+
+def _git_commit(folder: Path) -> str:
+    """The commit of the code that runs, with + where files differ from it; `unknown` outside a checkout."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        return (commit + ("+" if git("status", "--porcelain", "-uno") else "")) if commit else "unknown"
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+class Run:
+    """One run folder, OUT/SCRIPT/DATASET/METHOD/seedS: what was run, how it went, and where to go on.
+
+        config.json     flags, git commit, versions, hardware     source.py       the script as it was run
+        metrics.jsonl   a line an epoch                           result.json     the end; there when finished
+        checkpoint.pt   tensors, numbers, generator states        features.npz    what nc_metrics.py reads
+
+    A finished run is never redone silently (`finished` holds its result); an unfinished one needs `resume`,
+    and both need the flags they were started with. `overwrite` starts anew. Raises UserError for all of it.
+    """
+
+    def __init__(
+        self, folder: Path, flags: dict, script: Path, *, resume=False, overwrite=False, device="cpu"
+    ):
+        self.folder = Path(folder)
+        self.history: list[dict] = []
+        self.finished: dict | None = None
+        flags = json.loads(json.dumps(flags))  # as it will read back: tuples are lists
+        if overwrite and self.folder.exists():
+            for name in (
+                "config.json",
+                "metrics.jsonl",
+                "result.json",
+                "checkpoint.pt",
+                "features.npz",
+                "source.py",
+            ):
+                (self.folder / name).unlink(missing_ok=True)
+        config = self._read_json("config.json")
+        if config is not None:
+            self._same_flags(config.get("flags", {}), flags)
+            self.finished = self._read_json("result.json")
+            if self.finished is None and not resume and (self.folder / "checkpoint.pt").exists():
+                raise UserError(f"{self.folder}: an unfinished run is here; --resume it or --overwrite it")
+            if self.finished is not None:
+                self.history = self._read_history()
+                return
+        about = {
+            "flags": flags,
+            "commit": _git_commit(Path(script).resolve().parent),
+            "versions": _versions(),
+            "hardware": hardware(torch.device(device)),
+        }
+        if config is None:
+            self._write_text("config.json", json.dumps(about, indent=1))
+            write_atomically(self.folder / "source.py", lambda part: shutil.copyfile(script, part))
+
+    def _same_flags(self, before: dict, now: dict) -> None:
+        for flag in sorted(before.keys() | now.keys()):
+            if before.get(flag) != now.get(flag):
+                name = "--" + flag.replace("_", "-")
+                raise UserError(
+                    f"{self.folder}: was run with {name} {before.get(flag)}, not {now.get(flag)}; "
+                    "--overwrite it or choose another --out"
+                )
+
+    def _read_json(self, name: str) -> dict | None:
+        path = self.folder / name
+        try:
+            return json.loads(path.read_text()) if path.exists() else None
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{path}: not readable ({error}); --overwrite the run or choose another --out"
+            ) from None
+
+    def _write_text(self, name: str, text: str) -> None:
+        write_atomically(self.folder / name, lambda part: part.write_text(text))
+
+    def _read_history(self) -> list[dict]:
+        path = self.folder / "metrics.jsonl"
+        try:
+            return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{path}: not readable ({error}); --overwrite the run or choose another --out"
+            ) from None
+
+    def load_checkpoint(self, device: torch.device) -> dict | None:
+        """The last checkpoint, or None for a fresh start; the history is cut back to its epoch."""
+        path = self.folder / "checkpoint.pt"
+        if not path.exists():
+            return None
+        try:
+            state = torch.load(path, map_location=device, weights_only=True)  # tensors and numbers, no code
+        except (
+            Exception
+        ) as error:  # torch raises many kinds for a damaged file; all mean the same to the user
+            raise UserError(
+                f"{path}: not a readable checkpoint ({type(error).__name__}); --overwrite the run"
+            ) from None
+        self.history = [line for line in self._read_history() if line["epoch"] <= state["epoch"]]
+        return state
+
+    def save_checkpoint(self, state: dict) -> None:
+        write_atomically(self.folder / "checkpoint.pt", lambda part: torch.save(state, part))
+
+    def log(self, line: dict) -> None:
+        """Append one epoch to metrics.jsonl (rewritten whole and renamed: a kill never leaves half a line)."""
+        self.history.append(line)
+        self._write_text("metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.history))
+
+    def save_features(self, **arrays: Tensor) -> None:
+        """features.npz: train_h (N, d), train_y, test_h, test_y, W (K, d), as numpy arrays."""
+        as_numpy = {name: value.detach().cpu().numpy() for name, value in arrays.items()}
+        write_atomically(self.folder / "features.npz", lambda part: np.savez(part, **as_numpy))
+
+    def finish(self, result: dict) -> None:
+        """Write result.json, last of all: its being there means that the run is whole."""
+        self._write_text("result.json", json.dumps(result, indent=1))
+        self.finished = result
+
+
+def mean_std(values: list[float], digits: int = 2, factor: float = 1.0) -> str:
+    """`34.20 ± 0.31` over seeds (sample std); one value stands alone."""
+    values = [factor * v for v in values]
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Columns aligned for the terminal: text left, numbers right."""
+    cells = [header, *([str(c) for c in row] for row in rows)]
+    width = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = []
+    for row in cells:
+        parts = [
+            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, width, strict=True))
+        ]
+        lines.append("  ".join(parts).rstrip())
+    lines.insert(1, "  ".join("-" * w for w in width))
+    return "\n".join(lines)
