@@ -1,4 +1,4 @@
-"""What every chapter shares: data, metrics and the run folder. Nothing here knows a model, a loss or a method.
+"""What every chapter shares: data, metrics, the run folder. Nothing here knows a model, a loss or a method.
 
     from common import Batches, Run, load_dataset, ...
 
@@ -120,7 +120,7 @@ _ARRAYS = ("train_x", "train_y", "test_x", "test_y")
 def _channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each channel over all pixels, exact, from counts of the 256 values.
 
-    (The often-copied CIFAR std .2023/.1994/.2010 is the mean of the images' own stds; over pixels it is .247.)
+    (The often-copied CIFAR-10 std .2023, .1994, .2010 averages the images' own stds; over pixels it is .247.)
     """
     values = torch.arange(256, dtype=torch.float64) / 255
     mean, std = [], []
@@ -136,7 +136,7 @@ def _channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _read_named(name: str, data_dir: Path) -> dict[str, np.ndarray]:
-    """A named data set: embedded, from DATA_DIR/NAME.npz, or through torchvision, which is then cached there."""
+    """A named data set: embedded, from DATA_DIR/NAME.npz, or through torchvision and then cached there."""
     if name == "digits":
         return _read_digits()
     cache = data_dir / f"{name}.npz"
@@ -238,7 +238,7 @@ _FOLDER_LIMIT = 16 * 2**30  # bytes of decoded images that we are willing to hol
 
 
 def _read_folder(path: Path, size: int) -> dict[str, np.ndarray]:
-    """PATH/train/CLASS/* and PATH/test/CLASS/* as torchvision's ImageFolder reads them, decoded to (size, size)."""
+    """PATH/train/CLASS/* and PATH/test/CLASS/*, read by torchvision's ImageFolder, cut to (size, size)."""
     from PIL import Image, UnidentifiedImageError
     from torchvision import datasets, transforms
 
@@ -384,8 +384,8 @@ class Batches:
         padded = torch.zeros(N, self.H + 2 * pad, self.W + 2 * pad, self.C, dtype=torch.uint8)
         padded[:, pad : pad + self.H, pad : pad + self.W] = images
         self.padded_size = padded.shape[1:3]
-        # Rows of W pixels starting at every pixel, as an overlapping view without a copy: (pixels - W + 1, W*C).
-        # A crop is then H of these rows, whatever its offset: one gather of whole rows.
+        # A row of W pixels from every pixel on: an overlapping view, no copy, (pixels - W + 1, W * C).
+        # A crop is H of these rows, whatever its offset: one gather of whole rows.
         pixels = padded.to(self.device).flatten()
         self.rows = pixels.unfold(0, self.W * self.C, self.C)
         # (x / 255 - mean) / std = x * scale + shift, repeated over a row so that it vectorises
@@ -418,7 +418,7 @@ class Batches:
 
 
 def split_evenly(T: int, batch_size: int) -> list[slice]:
-    """ceil(T / batch_size) batches whose sizes differ by at most one: BatchNorm never meets a batch of one."""
+    """ceil(T / batch_size) batches, sizes equal to within one: BatchNorm never meets a batch of one."""
     steps = -(-T // batch_size)
     edges = [round(T * i / steps) for i in range(steps + 1)]
     return [slice(a, b) for a, b in itertools.pairwise(edges)]
@@ -428,7 +428,7 @@ def split_evenly(T: int, batch_size: int) -> list[slice]:
 
 
 def accuracy_per_class(prediction: Tensor, y: Tensor, K: int) -> Tensor:
-    """Share of each class's samples that are predicted right, (K,) float64; nan for a class without samples."""
+    """Share of each class's samples predicted right, (K,) float64; nan for a class without samples."""
     right = torch.bincount(y[prediction == y], minlength=K).double()
     return right / torch.bincount(y, minlength=K)
 
@@ -490,7 +490,7 @@ class CollapseStatistics:
         Sigma_W = 1/N sum_i (h_i - mu_y)(h_i - mu_y)^T      pooled over samples
         Sigma_B = 1/K sum_k (mu_k - mu_G)(mu_k - mu_G)^T     mu_G = mean of the class means
 
-    Under imbalance mu_G as the mean of all samples would be another Sigma_B; we follow Papyan, Han, Donoho (2020).
+    The mean of all samples as mu_G gives another Sigma_B under imbalance; we follow Papyan et al. (2020).
     """
 
     def __init__(self, K: int, d: int, device: torch.device | str = "cpu"):
@@ -541,13 +541,13 @@ class CollapseStatistics:
 
 
 def equinorm(V: Tensor) -> float:
-    """NC2, lengths: std / mean of the rows' norms (population std). 0 for an ETF. (Papyan, Han, Donoho 2020.)"""
+    """NC2, lengths: std / mean of the rows' norms (population std). 0 for an ETF. (Papyan et al. 2020.)"""
     norm = V.double().norm(dim=1)
     return float(norm.std(correction=0) / norm.mean())
 
 
 def equiangularity(V: Tensor) -> float:
-    """NC2, angles: mean over pairs of |cos + 1/(K-1)|. 0 for a simplex ETF. (Papyan, Han, Donoho 2020.)"""
+    """NC2, angles: mean over pairs of |cos + 1/(K-1)|. 0 for a simplex ETF. (Papyan et al. 2020.)"""
     K = len(V)
     off = (cosines(V) + 1 / (K - 1)).abs()
     return float((off.sum() - off.diagonal().sum()) / (K * (K - 1)))
@@ -560,7 +560,7 @@ def self_duality(W: Tensor, M: Tensor) -> float:
 
 
 def nearest_mean_mismatch(h: Tensor, prediction: Tensor, M: Tensor) -> float:
-    """NC4: share of features h (N, d) whose nearest class mean M (K, d) is not the classifier's prediction (N,)."""
+    """NC4: share of features h (N, d) whose nearest class mean, of M (K, d), is not the prediction (N,)."""
     h, M = h.double().to(M.device), M.double()
     centre = M.mean(0)  # distances by matrix products lose digits far from the origin: centre first
     nearest = torch.cdist(h - centre, M - centre).argmin(1)
@@ -637,7 +637,7 @@ def write_atomically(path: Path, write) -> None:
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(
-            f"{path}: cannot be written ({reason}); free space or choose another folder"
+            f"{path}: cannot be written ({reason}); free space, or choose another --out or --data-dir"
         ) from None
     finally:
         with contextlib.suppress(OSError):
@@ -762,7 +762,7 @@ class Run:
         write_atomically(self.folder / "checkpoint.pt", lambda part: torch.save(state, part))
 
     def log(self, line: dict) -> None:
-        """Append one epoch to metrics.jsonl (rewritten whole and renamed: a kill never leaves half a line)."""
+        """Append an epoch to metrics.jsonl, rewritten whole and renamed: a kill never leaves half a line."""
         self.history.append(line)
         self._write_text("metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.history))
 
@@ -770,6 +770,16 @@ class Run:
         """features.npz: train_h (N, d), train_y, test_h, test_y, W (K, d), as numpy arrays."""
         as_numpy = {name: value.detach().cpu().numpy() for name, value in arrays.items()}
         write_atomically(self.folder / "features.npz", lambda part: np.savez(part, **as_numpy))
+
+    def load_features(self) -> dict[str, np.ndarray]:
+        """What save_features wrote. Raises UserError where the file is missing or damaged."""
+        try:
+            with np.load(self.folder / "features.npz", allow_pickle=False) as file:
+                return {key: file[key] for key in file.files}
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(
+                f"{self.folder}/features.npz: not readable ({error}); --overwrite the run"
+            ) from None
 
     def finish(self, result: dict) -> None:
         """Write result.json, last of all: its being there means that the run is whole."""
