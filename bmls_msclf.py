@@ -712,8 +712,8 @@ def train(args, name: str, seed: int, data: Dataset, run: Run, device: torch.dev
         if not losses.isfinite().all():
             bad = int((~losses.isfinite()).nonzero()[0])
             raise UserError(
-                f"{name} seed {seed}: the loss is not finite in epoch {epoch + 1}, step {bad + 1}; lower --lr "
-                f"and --overwrite. The last good checkpoint, {run.folder}/checkpoint.pt, is of epoch {epoch}"
+                f"{name} seed {seed}: the loss is not finite in epoch {epoch + 1}, step {bad + 1}; lower "
+                f"--lr and --overwrite. The last good checkpoint is of epoch {epoch}: {run.folder}/checkpoint.pt"
             )
         seconds += time.perf_counter() - began
         line = dict(epoch=epoch + 1, lr=learning_rate(epoch, args), loss=float(losses.mean()))
