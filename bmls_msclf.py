@@ -713,7 +713,7 @@ def train(args, name: str, seed: int, data: Dataset, run: Run, device: torch.dev
             bad = int((~losses.isfinite()).nonzero()[0])
             raise UserError(
                 f"{name} seed {seed}: the loss is not finite in epoch {epoch + 1}, step {bad + 1}; lower "
-                f"--lr and --overwrite. The last good checkpoint is of epoch {epoch}: {run.folder}/checkpoint.pt"
+                f"--lr and --overwrite. Last good checkpoint: epoch {epoch}, {run.folder}/checkpoint.pt"
             )
         seconds += time.perf_counter() - began
         line = dict(epoch=epoch + 1, lr=learning_rate(epoch, args), loss=float(losses.mean()))
