@@ -531,9 +531,10 @@ class CollapseStatistics:
         K, d = self.mean.shape
         M = self.centred_means() / K**0.5
         values, U = torch.linalg.eigh(M @ M.T)
-        # the rounding of the means themselves, relative to features as long as theirs, bounds what is signal
-        tol = max(K, d) * torch.finfo(torch.float64).eps * max(float(values[-1]), 1e-300)
-        keep = values > tol
+        # What rounding leaves where nothing differs: some eps of the largest eigenvalue, and the means' own
+        # errors, some eps of their length. (Without the second, K equal means would give 1e30, not nan.)
+        eps = torch.finfo(torch.float64).eps
+        keep = values > max(K, d) * eps * values[-1] + (1000 * eps * self.mean.norm(dim=1).max()) ** 2
         P = U[:, keep].T @ M  # (rank, d)
         A = ((P @ self.scatter) * P).sum(1) / self.count.sum()  # u_r^T M~ Sigma_W M~^T u_r
         rank = int(keep.sum())
