@@ -20,8 +20,6 @@ import re
 import shutil
 import subprocess
 import sys
-import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -147,8 +145,8 @@ def _read_named(name: str, data_dir: Path) -> dict[str, np.ndarray]:
         return arrays
     try:
         with np.load(cache, allow_pickle=False) as file:  # never unpickles: an object array raises ValueError
-            arrays = {key: file[key] for key in (*_ARRAYS, "classes")}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            arrays = {key: np.asarray(file[key]) for key in (*_ARRAYS, "classes")}
+    except Exception as error:  # zip, zlib and the header's parser raise many kinds; all mean a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"{cache}: not a readable data file ({reason}); delete it to load {name} anew"
@@ -164,8 +162,8 @@ def _check_arrays(arrays: dict[str, np.ndarray], spec: Spec, where: str) -> None
         if not ok:
             raise UserError(f"{where}: {found}; delete or replace the file")
 
-    K = len(arrays["classes"])
-    require(arrays["classes"].ndim == 1 and K == spec.classes, f"{K} classes, expected {spec.classes}")
+    K, found = spec.classes, arrays["classes"].shape
+    require(found == (K,), f"classes has shape {found}, expected the names of {K} classes")
     for split in ("train", "test"):
         x, y = arrays[f"{split}_x"], arrays[f"{split}_y"]
         expected = f"(N, {', '.join(map(str, spec.shape))}) uint8"
@@ -224,11 +222,11 @@ def _read_torchvision(name: str, data_dir: Path) -> dict[str, np.ndarray]:
                 y = data.labels if hasattr(data, "labels") else data.targets
                 arrays[f"{split}_x"] = np.ascontiguousarray(x)
                 arrays[f"{split}_y"] = np.asarray(y, dtype=np.int64)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError, AssertionError) as error:  # the last two: a truncated IDX file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"--dataset {name}: neither found nor downloaded ({reason}); "
-            f"connect to a network, or put the data at {data_dir / name}.npz"
+            f"--dataset {name}: neither downloaded nor read whole from {data_dir} ({reason}); connect to a "
+            f"network and delete what is damaged there, or put the data at {data_dir / name}.npz"
         ) from None
     classes = getattr(data, "classes", None) or [str(k) for k in range(SPECS[name].classes)]
     return {**arrays, "classes": np.array([str(c) for c in classes])}
@@ -239,7 +237,7 @@ _FOLDER_LIMIT = 16 * 2**30  # bytes of decoded images that we are willing to hol
 
 def _read_folder(path: Path, size: int) -> dict[str, np.ndarray]:
     """PATH/train/CLASS/* and PATH/test/CLASS/*, read by torchvision's ImageFolder, cut to (size, size)."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
     from torchvision import datasets, transforms
 
     if size < 1:
@@ -250,7 +248,7 @@ def _read_folder(path: Path, size: int) -> dict[str, np.ndarray]:
         try:
             with Image.open(item[0]) as image:
                 return np.asarray(cut(image.convert("RGB")))
-        except (OSError, UnidentifiedImageError) as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all are Pillow's
             raise UserError(f"{item[0]}: not a readable image ({error}); mend or remove it") from None
 
     arrays, classes = {}, None
@@ -777,9 +775,10 @@ class Run:
         try:
             with np.load(self.folder / "features.npz", allow_pickle=False) as file:
                 return {key: file[key] for key in file.files}
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        except Exception as error:  # as with the data's npz
+            reason = getattr(error, "strerror", None) or type(error).__name__
             raise UserError(
-                f"{self.folder}/features.npz: not readable ({error}); --overwrite the run"
+                f"{self.folder}/features.npz: not readable ({reason}); --overwrite the run"
             ) from None
 
     def finish(self, result: dict) -> None:
