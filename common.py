@@ -349,7 +349,7 @@ class ClassCycles:
         return index
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"order": self.order, "position": self.position}
+        return {"order": self.order.clone(), "position": self.position.clone()}  # take() writes into its own
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.order, self.position = state["order"].clone(), state["position"].clone()
