@@ -682,34 +682,41 @@ class Run:
         self.history: list[dict] = []
         self.finished: dict | None = None
         flags = json.loads(json.dumps(flags))  # as it will read back: tuples are lists
-        if overwrite and self.folder.exists():
-            for name in (
-                "config.json",
-                "metrics.jsonl",
-                "result.json",
-                "checkpoint.pt",
-                "features.npz",
-                "source.py",
-            ):
-                (self.folder / name).unlink(missing_ok=True)
+        if overwrite:
+            self._clear()
         config = self._read_json("config.json")
+        result = self._read_json("result.json")
+        started = (self.folder / "checkpoint.pt").exists()
+        if config is None and (started or result is not None):
+            raise UserError(f"{self.folder}: a run without its config.json is here; --overwrite it")
         if config is not None:
             self._same_flags(config.get("flags", {}), flags)
-            self.finished = self._read_json("result.json")
-            if self.finished is None and not resume and (self.folder / "checkpoint.pt").exists():
-                raise UserError(f"{self.folder}: an unfinished run is here; --resume it or --overwrite it")
-            if self.finished is not None:
-                self.history = self._read_history()
-                return
-        about = {
+        if result is not None:
+            self.finished, self.history = result, self._read_history()
+            return
+        if started and not resume:
+            raise UserError(f"{self.folder}: an unfinished run is here; --resume it or --overwrite it")
+        if started:
+            return
+        about = {  # a fresh start, also where an earlier one ended before its first checkpoint
             "flags": flags,
             "commit": _git_commit(Path(script).resolve().parent),
             "versions": _versions(),
             "hardware": hardware(torch.device(device)),
         }
-        if config is None:
-            self._write_text("config.json", json.dumps(about, indent=1))
-            write_atomically(self.folder / "source.py", lambda part: shutil.copyfile(script, part))
+        write_atomically(self.folder / "source.py", lambda part: shutil.copyfile(script, part))
+        self._write_text("config.json", json.dumps(about, indent=1))
+
+    def _clear(self) -> None:
+        # result first and flags last: what a kill leaves behind is no finished run, nor an unknown one
+        names = ("result.json", "checkpoint.pt", "metrics.jsonl", "features.npz", "source.py", "config.json")
+        try:
+            for name in names:
+                (self.folder / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{self.folder}: cannot be overwritten ({error.strerror}); choose another --out"
+            ) from None
 
     def _same_flags(self, before: dict, now: dict) -> None:
         for flag in sorted(before.keys() | now.keys()):
@@ -723,7 +730,12 @@ class Run:
     def _read_json(self, name: str) -> dict | None:
         path = self.folder / name
         try:
-            return json.loads(path.read_text()) if path.exists() else None
+            if not path.exists():
+                return None
+            content = json.loads(path.read_text())
+            if not isinstance(content, dict):
+                raise ValueError("no JSON object")
+            return content
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{path}: not readable ({error}); --overwrite the run or choose another --out"
@@ -732,11 +744,12 @@ class Run:
     def _write_text(self, name: str, text: str) -> None:
         write_atomically(self.folder / name, lambda part: part.write_text(text))
 
-    def _read_history(self) -> list[dict]:
+    def _read_history(self, last: float = float("inf")) -> list[dict]:
         path = self.folder / "metrics.jsonl"
         try:
-            return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        except (OSError, ValueError) as error:
+            lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+            return [line for line in lines if line["epoch"] <= last]
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{path}: not readable ({error}); --overwrite the run or choose another --out"
             ) from None
@@ -748,13 +761,14 @@ class Run:
             return None
         try:
             state = torch.load(path, map_location=device, weights_only=True)  # tensors and numbers, no code
+            epoch = state["epoch"]
         except (
             Exception
         ) as error:  # torch raises many kinds for a damaged file; all mean the same to the user
             raise UserError(
                 f"{path}: not a readable checkpoint ({type(error).__name__}); --overwrite the run"
             ) from None
-        self.history = [line for line in self._read_history() if line["epoch"] <= state["epoch"]]
+        self.history = self._read_history(epoch)
         return state
 
     def save_checkpoint(self, state: dict) -> None:
