@@ -141,7 +141,7 @@ def _read_named(name: str, data_dir: Path) -> dict[str, np.ndarray]:
     if not cache.exists():
         arrays = _read_torchvision(name, data_dir)
         _check_arrays(arrays, SPECS[name], f"torchvision's {name} in {data_dir}")
-        write_atomically(cache, lambda part: np.savez(part, **arrays))
+        write_atomically(cache, lambda part: np.savez(part, **arrays), shared=True)
         return arrays
     try:
         with np.load(cache, allow_pickle=False) as file:  # never unpickles: an object array raises ValueError
@@ -623,18 +623,20 @@ def hardware(device: torch.device) -> str:
     return f"{model}, {torch.get_num_threads()} threads"
 
 
-def write_atomically(path: Path, write) -> None:
+def write_atomically(path: Path, write, shared: bool = False) -> None:
     """write(part) fills a temporary file beside path, which is then renamed: path is whole or not there.
 
+    The temporary file has the same name each time, so that the next write takes up what a kill left behind;
+    shared: a name of this process's own, for a path that another process may be writing at the same moment.
     Raises UserError where the folder cannot be written or the disk is full; the temporary file is removed.
     """
-    part = path.with_name(f".{path.name}.part{path.suffix}")
+    part = path.with_name(f".{path.name}.{f'{os.getpid()}.' if shared else ''}part{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(part)
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
         raise UserError(
             f"{path}: cannot be written ({reason}); free space, or choose another --out or --data-dir"
         ) from None
