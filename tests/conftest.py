@@ -1,9 +1,34 @@
-"""Tests import the scripts from the repository root, and run on one thread so that they repeat to the bit."""
+"""What all tests share: the scripts' folder on the path, one thread, and what a user's mistake looks like."""
 
+import contextlib
 import sys
 from pathlib import Path
 
+import hypothesis
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-torch.set_num_threads(1)
+
+torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other, and sums stay the same
+
+# A busy machine is no bug (no deadline), and a test that failed once must fail again (derandomized).
+hypothesis.settings.register_profile("here", deadline=None, derandomize=True, max_examples=40)
+hypothesis.settings.load_profile("here")
+
+
+@pytest.fixture(scope="session")
+def user_error():
+    """`with user_error("--flag", path): ...` expects a UserError: one line that holds each of the words."""
+    from common import UserError
+
+    @contextlib.contextmanager
+    def expect(*words):
+        with pytest.raises(UserError) as caught:
+            yield
+        text = str(caught.value)
+        assert "\n" not in text
+        for word in words:
+            assert str(word) in text
+
+    return expect
