@@ -32,14 +32,19 @@ REMEDY 2, the loss: read the mixed label (i, j, lam) as a class of its own, with
     python bmls_msclf.py --synthetic                              the theory above, claim by claim
     python bmls_msclf.py --dataset cifar100lt --method ce mixup cb-mixup bmls bmls+ms --seed 0 1 2
 
-WHAT TO EXPECT. EXPECT_PLACEHOLDER
+WHAT TO EXPECT. On digits (5 seeds, 30 epochs, last epoch): ce 54 ± 7%, mixup 46 ± 5, cb-mixup 87 ± 1, bmls
+84 ± 3, cb+ms 86 ± 2, bmls+ms 88 ± 2. Balanced pairs, in whichever way, are worth 40 points; what the exact
+balance and the MS loss add is within the spread. CIFAR-100-LT at 100 after 12 of 200 epochs (one seed): ce
+20.1, mixup 16.7, cb-mixup 19.8, bmls 20.3, cb+ms 22.0, bmls+ms 20.8. Full-length runs are still to be made:
+results/bmls_msclf.md.
 
 WHAT THE SOURCE LEAVES OPEN, and what we chose. It names neither the pairs, nor an epoch, nor the law of
 lam, nor the formula of MS-Clf: BMLS and MS-Clf below are reconstructions.
 - Pairs: unordered, same-class pairs included (--pairs). An epoch: N mixed samples, as many steps as a
   baseline's.
 - lam: one for each batch, alpha = 1 (--lam, --alpha).
-- MS-Clf: MS_PLACEHOLDER
+- MS-Clf: raw by default (--ms): on CIFAR-10-LT at 100 it had 65.8% after 10 epochs where unit had 60.1 (one
+  seed), it costs O(K), and it needs neither the cosine head of unit nor the fixed classifier of dot.
 - Partners of a batch: two independent draws, each with its own crop and flip. Released Mixup code pairs a
   batch with a permutation of itself; with two draws every method sees as many views a step.
 - No bias in the classifier, so that class vectors are all there is to look at; the published baselines have

@@ -416,7 +416,7 @@ class Batches:
 
 
 def split_evenly(T: int, batch_size: int) -> list[slice]:
-    """ceil(T / batch_size) batches, sizes equal to within one: BatchNorm never meets a batch of one."""
+    """ceil(T / batch_size) batches, sizes equal to within one, so that no small rest is left over."""
     steps = -(-T // batch_size)
     edges = [round(T * i / steps) for i in range(steps + 1)]
     return [slice(a, b) for a, b in itertools.pairwise(edges)]
