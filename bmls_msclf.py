@@ -33,10 +33,10 @@ REMEDY 2, the loss: read the mixed label (i, j, lam) as a class of its own, with
     python bmls_msclf.py --dataset cifar100lt --method ce mixup cb-mixup bmls bmls+ms --seed 0 1 2
 
 WHAT TO EXPECT. On digits (5 seeds, 30 epochs, last epoch): ce 54 ± 7%, mixup 46 ± 5, cb-mixup 87 ± 1, bmls
-84 ± 3, cb+ms 86 ± 2, bmls+ms 88 ± 2. Balanced pairs, in whichever way, are worth 40 points; what the exact
-balance and the MS loss add is within the spread. CIFAR-100-LT at 100 after 12 of 200 epochs (one seed): ce
-20.1, mixup 16.7, cb-mixup 19.8, bmls 20.3, cb+ms 22.0, bmls+ms 20.8. Full-length runs are still to be made:
-results/bmls_msclf.md.
+84 ± 3, cb+ms 86 ± 2, bmls+ms 88 ± 2. Balanced pairs, in whichever way, are worth 40 points over Mixup's;
+what the exact balance and the MS loss add is within the spread. CIFAR-100-LT at 100 after 12 of 200 epochs
+(one seed): ce 20.1, mixup 16.7, cb-mixup 19.8, bmls 20.3, cb+ms 22.0, bmls+ms 20.8. Full-length runs are
+still to be made: results/bmls_msclf.md.
 
 WHAT THE SOURCE LEAVES OPEN, and what we chose. It names neither the pairs, nor an epoch, nor the law of
 lam, nor the formula of MS-Clf: BMLS and MS-Clf below are reconstructions.
@@ -87,6 +87,7 @@ from common import (
     load_dataset,
     mean_pairwise_cosine,
     mean_std,
+    metric_device,
     pick_device,
     pick_precision,
     shot_groups,
@@ -643,8 +644,8 @@ def train(args, name: str, seed: int, data: Dataset, run: Run, device: torch.dev
     pairs = PairSampler(K, generator, args.pairs)
     batches = Batches(data.train_x, data.mean, data.std, pad=data.pad, flip=data.flip, device=device)
     test = Batches(data.test_x, data.mean, data.std, device=device)
-    test_y, n = data.test_y.to(device), data.counts.to(device)
-    groups, _ = shot_groups(n)
+    n, measure = data.counts.to(device), metric_device(device)
+    test_y, (groups, _) = data.test_y.to(measure), shot_groups(data.counts.to(measure))
     mixed_counts = torch.zeros(K, K, dtype=torch.long)  # how often (a, b) was drawn
     start, best, seconds = 0, 0.0, 0.0
 
@@ -727,7 +728,7 @@ def train(args, name: str, seed: int, data: Dataset, run: Run, device: torch.dev
             per_class = accuracy_per_class(z.argmax(1), test_y, K)
             line["accuracy"] = float((z.argmax(1) == test_y).double().mean())
             line |= {group: float(per_class[members].mean()) for group, members in groups.items()}
-            line["minority_cosine_W"] = mean_pairwise_cosine(classifier.W.detach(), groups["few"])
+            line["minority_cosine_W"] = mean_pairwise_cosine(classifier.W.detach().to(measure), groups["few"])
             best = max(best, line["accuracy"])
             bar.set_postfix(loss=f"{line['loss']:.3f}", accuracy=f"{100 * line['accuracy']:.2f}")
         line["seconds"] = seconds
@@ -762,16 +763,18 @@ def evaluate(model: nn.ModuleDict, batches: Batches, precision: str) -> tuple[Te
         h, _, z = model["classifier"](h)
         hs.append(h)
         zs.append(z)
-    return torch.cat(hs), torch.cat(zs)
+    measure = metric_device(batches.device)
+    return torch.cat(hs).to(measure), torch.cat(zs).to(measure)
 
 
 def conclude(args, data: Dataset, run: Run, model, batches, test, mixed_counts: Tensor, about: dict) -> dict:
     """Measure the trained model on all data, write features.npz and result.json; returns the result."""
-    train_y, test_y = data.train_y.to(batches.device), data.test_y.to(batches.device)
-    groups, rule = shot_groups(data.counts.to(batches.device))
+    measure = metric_device(batches.device)
+    train_y, test_y = data.train_y.to(measure), data.test_y.to(measure)
+    groups, rule = shot_groups(data.counts.to(measure))
     train_h, train_z = evaluate(model, batches, args.precision)
     test_h, test_z = evaluate(model, test, args.precision)
-    W = model["classifier"].W.detach()
+    W = model["classifier"].W.detach().to(measure)
     per_class = accuracy_per_class(test_z.argmax(1), test_y, len(data.classes))
     result = {
         **about,

@@ -425,6 +425,12 @@ def split_evenly(T: int, batch_size: int) -> list[slice]:
 # %% ---------------------------------------------------------------------------------------------- Metrics
 
 
+def metric_device(device: torch.device | str) -> torch.device:
+    """Where metrics are computed: the device itself, but the CPU for Apple's MPS, which has no float64."""
+    device = torch.device(device)
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def accuracy_per_class(prediction: Tensor, y: Tensor, K: int) -> Tensor:
     """Share of each class's samples predicted right, (K,) float64; nan for a class without samples."""
     right = torch.bincount(y[prediction == y], minlength=K).double()
@@ -492,8 +498,7 @@ class CollapseStatistics:
     """
 
     def __init__(self, K: int, d: int, device: torch.device | str = "cpu"):
-        # Apple's MPS has no float64: accumulate on the CPU there
-        self.device = torch.device("cpu") if torch.device(device).type == "mps" else torch.device(device)
+        self.device = metric_device(device)
         self.count = torch.zeros(K, dtype=torch.float64, device=self.device)
         self.mean = torch.zeros(K, d, dtype=torch.float64, device=self.device)
         self.scatter = torch.zeros(d, d, dtype=torch.float64, device=self.device)
