@@ -147,7 +147,9 @@ def _read_named(name: str, data_dir: Path) -> dict[str, np.ndarray]:
         with np.load(cache, allow_pickle=False) as file:  # never unpickles: an object array raises ValueError
             arrays = {key: np.asarray(file[key]) for key in (*_ARRAYS, "classes")}
     except Exception as error:  # zip, zlib and the header's parser raise many kinds; all mean a damaged file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = (
+            str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
+        )  # not its tip to unpickle
         raise UserError(
             f"{cache}: not a readable data file ({reason}); delete it to load {name} anew"
         ) from None
