@@ -229,6 +229,9 @@ def simplex_etf(K: int, d: int, generator: torch.Generator | None = None) -> Ten
 # %% [2] Theory check: the layer-peeled model
 # The network below the last layer is taken to be so flexible that every (mixed) label has one free feature.
 # What is left is a matrix problem, convex in Z = W H^T, and its collapse has exact thresholds.
+
+
+# [copied: minimise]
 def minimise(loss, *start: Tensor, steps: int = 200) -> list[Tensor]:
     """Full-batch L-BFGS with a strong Wolfe line search. `start` tensors in, their optimal values out."""
     x = [s.clone().requires_grad_() for s in start]
@@ -244,6 +247,9 @@ def minimise(loss, *start: Tensor, steps: int = 200) -> list[Tensor]:
 
     optimizer.step(closure)
     return [v.detach() for v in x]
+
+
+# [end copied]
 
 
 def soft_labels(K: int, a, b, lam) -> Tensor:
@@ -284,6 +290,7 @@ def layer_peeled(
     return unpack(*minimise(loss, V, G * w.sqrt() if E_W is None else G, steps=steps))
 
 
+# [copied: collapse_threshold]
 def collapse_threshold(K_A: int, K_B: int, E: float) -> float:
     """R* = n_A / n_B from which the minority collapses in the norm-constrained model; derived here.
 
@@ -314,6 +321,9 @@ def collapse_threshold(K_A: int, K_B: int, E: float) -> float:
         return R * (1 - (own - other) / total) - 1
 
     return math.exp(brentq(lambda log_R: excess(math.exp(log_R)), 0, math.log(1e7), xtol=1e-6))
+
+
+# [end copied]
 
 
 def mixed_label_weights(counts, sampler: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -369,12 +379,16 @@ def mixup_etf_optimum(q: np.ndarray, c: float) -> tuple[np.ndarray, np.ndarray]:
     return best, c * (q - best)
 
 
+# [copied: locate]
 def locate(collapsed, inside: float, outside: float) -> float:
     """Bisect, on a log scale, for the edge of the region in which the direct optimisation is collapsed."""
     for _ in range(4):
         middle = math.sqrt(inside * outside)
         inside, outside = (middle, outside) if collapsed(middle) else (inside, middle)
     return math.sqrt(inside * outside)
+
+
+# [end copied]
 
 
 def synthetic(folder) -> bool:
@@ -888,9 +902,13 @@ def results_table(runs: list[Run]) -> str:
 # %% [6] Command line
 
 
+# [copied: parser]
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):  # one line instead of the usage text; main turns it into exit code 2
         raise UserError(message)
+
+
+# [end copied]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
