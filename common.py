@@ -794,7 +794,7 @@ def zero_mean_metrics(means: Tensor, W: Tensor | None = None) -> dict[str, float
 def riesz_energy(V: Tensor, s: float = 0.0) -> float:
     """Mean over pairs of the kernel sign(s) r^-s, or log(1/r) for s = 0; r = ||v_i - v_j|| of unit rows.
 
-    V (K, d). Lower is more uniform; inf where two directions are equal. Simplex: r^2 = 2K/(K-1). The package's
+    V (K, d). Lower is more uniform; inf where two directions are equal. Simplex: r^2 = 2K/(K-1). Released
     s = d - 2 underflows for d = 512: take s = 0, 1 or 2. A sum over ordered pairs is K (K - 1) times this.
     """
     r = distances(torch.nn.functional.normalize(V.double(), dim=1))

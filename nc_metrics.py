@@ -23,21 +23,21 @@ in five pairs), cluster the features inside each coarse class, and the fine labe
 
     python nc_metrics.py                                        digits, past zero error; a minute on two cores
     python nc_metrics.py --coarse pairs                         train on pairs of digits, recover the ten
-    python nc_metrics.py --features runs/bmls_msclf/digitslt/ce/seed0/features.npz    measure what is there
-    python nc_metrics.py --run runs/bmls_msclf/digitslt/ce/seed0 --json               the same, as JSON
+    python nc_metrics.py --run runs/bmls_msclf/digitslt/ce/seed0      measure what another script has learnt
+    python nc_metrics.py --features features.npz --json               or any file of features
     python nc_metrics.py --synthetic                            each metric against its closed form
     python nc_metrics.py --dataset cifar10 --coarse pairs --net resnet18 --grid       the published setting
 
 FEATURES OF ANY FRAMEWORK: an npz file with the arrays
-    train_h (N, d) float, train_y (N,) integers 0..K-1; and if there are any: test_h, test_y (the same), W (K, d)
-    class vectors, b (K,) biases, so that the logits are h W^T + b. Without W all that needs it is left out.
+    train_h (N, d) float, train_y (N,) integers 0..K-1; and if there are any: test_h, test_y (the same),
+    W (K, d) class vectors, b (K,) biases: logits h W^T + b. Without W all that needs it is left out.
     np.savez("features.npz", train_h=h, train_y=y)
 
 WHAT TO EXPECT: WHAT_TO_EXPECT
 
 WHICH CONVENTION. Papers and code disagree; each metric's docstring in common.py names its own.
-- NC1: trace of Sigma_W pinv(Sigma_B), divided by K. Papyan et al.'s notebook does not divide. Sigma_W is pooled
-  over samples, mu_G is the mean of the class means; under imbalance the mean of all samples is another point.
+- NC1: trace of Sigma_W pinv(Sigma_B), divided by K. Papyan et al.'s notebook does not divide. Sigma_W is
+  pooled over samples, mu_G is the mean of the class means (under imbalance not that of the samples).
 - NC2: spread of the norms by the population std (the notebook's is the sample's, sqrt(K/(K-1)) larger).
 - NC3: the squared Frobenius distance of the notebook; nc3_etf is the one of Zhu et al.'s code.
 - NC4: mismatch with the network's own decision, bias included. (Released code compares with the labels, or
@@ -47,9 +47,9 @@ WHICH CONVENTION. Papers and code disagree; each metric's docstring in common.py
 
 WHAT THE SOURCES LEAVE OPEN. Pairing class k with k + K/2, the matrix of mean squared distances, clustering
 inside each coarse class and naming the clusters by the best permutation are reconstructed. How features are
-prepared before k-means decides what is found (--cluster), and we do not know what was published: L2-normalised
-is our default, raw, whitened and t-SNE stand beside it. Augmentation is off, as in the neural-collapse
-literature; --augment turns it on.
+prepared before k-means decides what is found, and what was published we do not know: unit length is our
+default, raw, whitened and t-SNE stand beside it (--cluster). Augmentation is off, as in the literature on
+neural collapse; --augment turns it on.
 """
 
 import argparse
@@ -88,7 +88,6 @@ from common import (
     gnc3,
     hardware,
     load_dataset,
-    mean_pairwise_cosine,
     mean_std,
     metric_device,
     minority_angle,
@@ -108,11 +107,11 @@ from common import (
 # %% [1] The method: measure, then look for what the measures miss
 
 
-def measure(h: Tensor, y: Tensor, K: int, W: Tensor | None, b: Tensor | None, means: Tensor | None = None):
-    """NC1..NC4 of one split: features h (N, d), labels y (N,), class vectors W (K, d) and biases b (K,) or None.
+def measure(h: Tensor, y: Tensor, K: int, W=None, b=None, means=None) -> dict[str, float]:
+    """NC1..NC4 of one split: features h (N, d), labels y (N,), class vectors W (K, d), biases b (K,) or None.
 
     means (K, d): the class means that NC4 decides by, the training split's; this split's own by default.
-    Returns a dict. Raises ValueError for a class without samples.
+    Raises ValueError for a class without samples.
     """
     S = StoredStatistics(h, y, K)
     M = S.centred_means()  # (K, d)
@@ -150,12 +149,10 @@ def measure_everything(h: Tensor, y: Tensor, K: int, W=None, b=None, means=None)
     result |= {"znc1": S.nc1(centred=False)[0], **zero_mean_metrics(S.mean, W)}
     result |= {"gnc1": StoredStatistics(F.normalize(h, dim=1), y, K).nc1()[0]}
     result |= {f"{key}_M": value for key, value in generalized_metrics(M).items()}
-    result |= {"minority_angle_M": minority_angle(M, few), "minority_cosine_M": mean_pairwise_cosine(M, few)}
+    result |= {"minority_angle_M": minority_angle(M, few)}
     if W is not None:
-        result |= {f"{key}_W": value for key, value in generalized_metrics(W).items()} | {"gnc3": gnc3(W, M)}
-        few = few.to(W.device)
-        result["minority_angle_W"] = minority_angle(W, few)
-        result["minority_cosine_W"] = mean_pairwise_cosine(W, few)
+        result |= {f"{key}_W": value for key, value in generalized_metrics(W).items()}
+        result |= {"gnc3": gnc3(W, M), "minority_angle_W": minority_angle(W, few.to(W.device))}
     return result
 
 
@@ -165,7 +162,7 @@ CLUSTERINGS = ("l2", "raw", "whiten", "tsne")
 def prepare(h: np.ndarray, how: str, seed: int) -> np.ndarray:
     """Features of one coarse class, (n, d) -> (n, p), as k-means will see them.
 
-    In deep nets the first thing k-means finds inside a class is how sure the network is, the feature's length:
+    In deep nets the first thing that k-means finds in a class is how long the features are:
     l2      unit length, so that only the direction is left
     raw     as they are
     whiten  the first five principal components, each at unit variance
@@ -188,9 +185,9 @@ def prepare(h: np.ndarray, how: str, seed: int) -> np.ndarray:
 def recover_labels(h: np.ndarray, coarse_y: np.ndarray, fine_y: np.ndarray, how: str, seed: int) -> tuple:
     """Cluster inside each coarse class into as many clusters as it has fine classes, and name the clusters.
 
-    h (N, d), coarse_y and fine_y (N,) -> reconstructed fine labels (N,), and how well they agree with the true
-    ones (clustering_agreement). Only the names use the truth: the best one-to-one assignment of a coarse class's
-    clusters to its fine classes. So two classes at random already get a little more than half right.
+    h (N, d), coarse_y and fine_y (N,) -> reconstructed fine labels (N,), and their clustering_agreement with
+    the true ones. Only the clusters' names use the truth: the best one-to-one assignment to the fine classes
+    of their coarse class. So two classes at random get a little more than half right.
     """
     from scipy.optimize import linear_sum_assignment
     from sklearn.cluster import KMeans
@@ -203,16 +200,15 @@ def recover_labels(h: np.ndarray, coarse_y: np.ndarray, fine_y: np.ndarray, how:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that fewer distinct points than clusters are left: collapse
             cluster = k_means.fit_predict(prepare(h[rows], how, seed))
-        overlap = np.array(
-            [[(fine_y[rows][cluster == i] == f).sum() for f in fine] for i in range(len(fine))]
-        )
+        truth = [fine_y[rows][cluster == i] for i in range(len(fine))]  # of each cluster
+        overlap = np.array([[(y == f).sum() for f in fine] for y in truth])
         _, name = linear_sum_assignment(overlap, maximize=True)
         found[rows] = fine[name][cluster]
     return found, clustering_agreement(found, fine_y)
 
 
 def probe_accuracy(h: np.ndarray, y: np.ndarray, test_h: np.ndarray, test_y: np.ndarray) -> float:
-    """Test accuracy of a linear probe: multinomial logistic regression on standardised features h with labels y."""
+    """Test accuracy of a linear probe: logistic regression on standardised features h (N, d), labels y."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -246,8 +242,8 @@ def distance_ratios(D: Tensor, coarse: Tensor) -> tuple[float, float]:
 def fine_structure(h: Tensor, test_h: Tensor, fine: Fine, clusterings: list[str], seed: int) -> dict:
     """What of the fine labels is in features h (N, d) of a network trained on coarse ones.
 
-    For each clustering: agreement, and a linear probe on reconstructed labels, scored on the true test labels;
-    beside it a probe on the true ones, which has all of the labels and the same features.
+    For each clustering: agreement, and a linear probe trained on the reconstructed labels, scored on the true
+    test labels; beside it a probe trained on the true ones, with the same features.
     """
     coarse_y = fine.coarse[fine.train_y]
     D = StoredStatistics(h, fine.train_y.to(h.device), len(fine.classes)).class_distances()
@@ -307,7 +303,7 @@ def minimise(loss, *start: Tensor, steps: int = 200) -> list[Tensor]:
 
 
 def around(means: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
-    """Features with these class means (K, d) and within-class covariance exactly sigma^2 I: (2 d K, d), labels.
+    """Features with class means (K, d) and covariance exactly sigma^2 I around them: (2 d K, d), and labels.
 
     Residuals +-sigma sqrt(d) e_j, each axis once: 1/(2d) sum of their squares is sigma^2 in every direction.
     """
@@ -320,9 +316,9 @@ def around(means: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
 def mixture(depth: int, steps: int, seed: int, width: int = 256) -> list[dict]:
     """Four Gaussian clusters in two classes, learnt by a ReLU network of `depth` hidden layers.
 
-    d = 64, orthogonal cluster means of norm 3, sigma = 0.5, 250 samples each; cluster k has label k mod 2. SGD
-    0.1, momentum 0.9, weight decay 5e-4, batches of 128. Yang et al. prove their theorem in a setting of this
-    kind, which we did not see. Returns NC1 and k-means purity inside the classes at four times on the way.
+    d = 64, orthogonal cluster means of norm 3, sigma = 0.5, 250 samples each; cluster k has label k mod 2.
+    SGD 0.1, momentum 0.9, weight decay 5e-4, batches of 128. Yang et al. prove a theorem in a setting of this
+    kind, which we did not see. Returns NC1 and the purity of k-means in the classes, four times on the way.
     """
     generator = torch.Generator().manual_seed(seed)
     fine = torch.arange(4).repeat_interleave(250)
@@ -330,8 +326,7 @@ def mixture(depth: int, steps: int, seed: int, width: int = 256) -> list[dict]:
     y = fine % 2
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        widths = [64] + [width] * depth
-        layers = [nn.Sequential(nn.Linear(i, o), nn.ReLU()) for i, o in zip(widths, widths[1:], strict=False)]
+        layers = [layer for i in range(depth) for layer in (nn.Linear(width if i else 64, width), nn.ReLU())]
         body, head = nn.Sequential(*layers), nn.Linear(width, 2)
     optimizer = torch.optim.SGD(
         [*body.parameters(), *head.parameters()], 0.1, momentum=0.9, weight_decay=5e-4
@@ -412,9 +407,10 @@ def synthetic(folder) -> bool:
         check("   rank kept", K - 1, rank, 0)
         M = (near - near.mean(0)).float() / K**0.5
         lost = 0.01**2 * float(torch.linalg.pinv(M.T @ M, hermitian=True).trace()) / K
-        check(
-            "   float32 and pinv's own cut-off, over the same", 1, lost / expected, 0.05 if gap > 1e-3 else 1
-        )
+        if gap < 1e-3:
+            check(
+                "   what float32 and pinv's own cut-off keep of it, at most", 0.01, lost / expected, 0, True
+            )
 
     # 3. What NC1 does not see: two sub-clusters in every class, 2a apart, across the span of the class means
     axis = torch.linalg.svd(etf).Vh[-1]  # orthogonal to all class means
@@ -424,7 +420,7 @@ def synthetic(folder) -> bool:
     check("   trace ratio = a^2 / r^2", 4 / r**2, S.trace_ratio(), 1e-12)
     check("   CDNV = a^2 (K-1) / (2 K r^2)", 4 * (K - 1) / (2 * K * r**2), S.cdnv(), 1e-12)
 
-    # 4. Zero-mean collapse: means along a non-negative orthogonal classifier; centring them hides the alignment
+    # 4. Zero-mean collapse: means along a non-negative orthogonal classifier. Centring hides the alignment
     Q = torch.eye(K, dtype=torch.float64).repeat_interleave(6, 1) / 6**0.5  # (K, 60)
     znc = zero_mean_metrics(5 * Q, Q)
     check("orthogonal means: largest of the ZNC metrics", 0, max(znc.values()), 1e-12)
@@ -469,7 +465,7 @@ def synthetic(folder) -> bool:
         check("   certified to", 0, gap.max().item(), 1e-7)
 
     # 6. The layer-peeled model (one free feature a sample) collapses completely
-    n, reg = 4, 0.01
+    n, reg = 4, 0.02
     y = torch.arange(K).repeat_interleave(n)
 
     def peeled(W, H, weight):  # L = sum_i p_i CE(W h_i) + lam_W/2 ||W||^2 + lam_H/2 sum_i p_i ||h_i||^2
@@ -481,10 +477,8 @@ def synthetic(folder) -> bool:
     for key, value in measure(H, y, K, W, None).items():
         if key != "nc1_rank":
             check(f"layer-peeled model: {key}", 0, value, 1e-6)
-    y, few = (
-        torch.arange(K),
-        torch.arange(5, 10),
-    )  # five classes of share b each: collapsed up to b = lam_W lam_H
+    # five classes of share b each collapse up to b = lam_W lam_H (bmls_msclf.py --synthetic finds the edge)
+    y, few = torch.arange(K), torch.arange(5, 10)
     for name, share, angle in (("below", 0.5, 0.0), ("above", 1e3, math.degrees(math.acos(-1 / 9)))):
         b = min(share * reg**2, 0.1)
         weight = torch.tensor([0.2 - b] * 5 + [b] * 5, dtype=torch.float64)
@@ -497,28 +491,27 @@ def synthetic(folder) -> bool:
         )
         check(f"minority share {name} lam_W lam_H: angle (degrees)", angle, minority_angle(V, few), 0.05)
 
-    # 7. A network on four Gaussian clusters in two classes: NC1 falls, and the clusters remain
-    paths = {depth: mixture(depth, 1000, 0) for depth in (1, 2)}
+    # 7. A network on four Gaussian clusters in two classes: NC1 falls, and the clusters remain. How deep it is
+    # decides what k-means needs to find them: nothing, unit length, or the whitening of the main directions
+    paths = {depth: mixture(depth, 1000, 0) for depth in (1, 2, 4)}
+    lost = {1: (), 2: ("raw",), 4: ("raw", "l2")}  # where k-means is near chance, 1/2
     for depth, path in paths.items():
-        end, title = path[-1], f"mixture, {depth} hidden layer{'s' * (depth > 1)}"
-        check(f"{title}: NC1, at most", 0.05, end["nc1"], 0, at_most=True)
-        check("   1 - purity of k-means on unit features, at most", 0.001, 1 - end["l2"], 0, at_most=True)
-        if depth == 1:
-            check("   1 - purity on raw features, at most", 0.001, 1 - end["raw"], 0, at_most=True)
-        else:
-            check("   purity on raw features, at most (1/2 is chance)", 0.65, end["raw"], 0, at_most=True)
-            check("   1 - accuracy of a linear probe for the clusters", 0, 1 - end["oracle"], 0.005)
+        end = path[-1]
+        check(f"mixture, hidden layers: {depth}. NC1, at most", 0.05, end["nc1"], 0, at_most=True)
+        for how in ("raw", "l2", "whiten"):
+            if how in lost[depth]:
+                check(f"   purity of k-means, {how}, at most", 0.75, end[how], 0, at_most=True)
+            else:
+                check(f"   1 - purity of k-means, {how}, at most", 0.001, 1 - end[how], 0, at_most=True)
+        check("   1 - accuracy of a linear probe for the clusters", 0, 1 - end["oracle"], 0.01)
 
-    figure = Figure(figsize=(6.4, 4), layout="constrained")
-    ax = figure.subplots()
-    for (depth, path), marker in zip(paths.items(), "os", strict=True):
-        for how, line, fill in (("l2", "-", "black"), ("raw", "--", "white")):
-            ax.plot([p["nc1"] for p in path], [p[how] for p in path], line, color="black", marker=marker,
-                    mfc=fill, label=f"{depth} hidden, {how}")  # fmt: skip
-    ax.set(xscale="log", xlabel="NC1 (training goes to the right)", ylabel="purity of k-means inside a class")
-    ax.set(title="Sub-clusters outlive collapse: 4 Gaussians, 2 classes", ylim=(0.45, 1.03))
-    ax.invert_xaxis()
-    ax.legend()
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    for ax, (depth, path) in zip(figure.subplots(1, 3, sharey=True), paths.items(), strict=True):
+        for how, look in (("raw", "s--"), ("l2", "o-"), ("whiten", "^:")):
+            ax.plot([p["step"] for p in path], [p[how] for p in path], look, color="black", label=how)
+        ax.set(xscale="log", xlabel="training step", title=f"{depth} hidden, NC1 {path[-1]['nc1']:.3f}")
+    figure.axes[0].set(ylabel="purity of k-means in a class")
+    figure.axes[0].legend(title="features", loc="lower left")
     write_atomically(Path(folder) / "synthetic.png", lambda part: figure.savefig(part, dpi=110))
     print(f"{sum(passed)} of {len(passed)} claims hold; figure: {Path(folder) / 'synthetic.png'}")
     return all(passed)
@@ -546,20 +539,17 @@ def resnet18(channels: int) -> nn.Module:
 class SmallCNN(nn.Module):
     """The laptop's network: four 3x3 convolutions with BatchNorm, channels 32 to 256, 0.39 M parameters.
 
-    Images (B, C, H, W) of any size -> features h (B, 256), h >= 0; every convolution but the first halves H, W.
+    Images (B, C, H, W) of any size -> features h (B, 256), h >= 0; convolutions 2 to 4 halve H and W.
     """
 
     def __init__(self, channels: int):
         super().__init__()
         self.d = 256
-        widths = [channels, 32, 64, 128, self.d]
-        layers = []
-        for i, (c_in, c) in enumerate(zip(widths, widths[1:], strict=False)):
-            layers += [
-                nn.Conv2d(c_in, c, 3, 2 if i else 1, padding=1, bias=False),
-                nn.BatchNorm2d(c),
-                nn.ReLU(),
-            ]
+        layers, now = [], channels
+        for c in (32, 64, 128, self.d):
+            stride = 1 if now == channels else 2
+            layers += [nn.Conv2d(now, c, 3, stride, padding=1, bias=False), nn.BatchNorm2d(c), nn.ReLU()]
+            now = c
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -578,8 +568,8 @@ def build_model(net: str, channels: int, K: int) -> nn.ModuleDict:
 # %% [4] Training
 
 METHODS = ("ce", "mse")
-# Epochs, batch size, images per class and learning rate. Published neural-collapse runs: 350 epochs of batches of
-# 128, classes cut to one size; the rates are those of the released ZNC code for ResNet-18 (found by search there).
+# Epochs, batch size, images per class, learning rate. Published neural-collapse runs take 350 epochs, batches
+# of 128 and classes of one size; the rates are those of the released ZNC code for ResNet-18.
 RECIPES = {
     "digits": (100, 64, None, 0.05),
     "mnist": (350, 128, 5000, 0.0133),
@@ -587,8 +577,8 @@ RECIPES = {
     "svhn": (350, 128, 4600, 0.0096),
 }
 PUBLISHED = (350, 128, None, 0.068)
-MILESTONES = (1, 2, 3, 4, 5, 7, 9, 11, 14, 18, 23, 28, 34, 41, 49, 59, 70, 82, 95, 110, 127, 145, 165, 187, 211,
-              237, 265, 295, 327, 350)  # fmt: skip
+MILESTONES = {1, 2, 3, 4, 5, 7, 9, 11, 14, 18, 23, 28, 34, 41, 49, 59, 70, 82, 95, 110, 127, 145, 165, 187}
+MILESTONES |= {211, 237, 265, 295, 327, 350}  # epochs at which all is measured, as in that code
 GRID = [(lr, wd) for lr in (0.1, 0.01, 0.001) for wd in (5e-3, 5e-4, 5e-5)]  # Yang, Steinhardt & Hu 2023
 ZERO_ERROR = 0.999  # share of right images from which an epoch counts as one of zero error
 
@@ -600,7 +590,7 @@ def learning_rate(epoch: int, args: argparse.Namespace) -> float:
 
 
 def loss_of(name: str, z: Tensor, y: Tensor) -> Tensor:
-    """ce: cross-entropy; mse: 1/2 mean_i ||z_i - e_y||^2 (Han et al. 2022). Logits z (B, K), labels y (B,)."""
+    """ce: cross-entropy; mse: 1/2 mean_i ||z_i - e_y||^2 (Han et al. 2022). Logits z (B, K), y (B,)."""
     if name == "ce":
         return F.cross_entropy(z, y)
     return 0.5 * (z - F.one_hot(y, z.shape[1])).square().sum(1).mean()
@@ -676,9 +666,8 @@ def train(args, name: str, seed: int, data: Dataset, fine: Fine | None, run: Run
         running = float(right) / parts[-1].stop  # of the images as they were trained on
         if running >= ZERO_ERROR and not zero_error:
             zero_error = epoch + 1
-        line = dict(
-            epoch=epoch + 1, lr=learning_rate(epoch, args), loss=float(losses.mean()), running=running
-        )
+        line = dict(epoch=epoch + 1, lr=learning_rate(epoch, args), loss=float(losses.mean()))
+        line["running_accuracy"] = running
         if epoch + 1 in MILESTONES or epoch + 1 == args.epochs:
             line |= measure_model(model, data, batches, test, args.precision)[0]
             best = max(best, line["accuracy"])
@@ -726,7 +715,7 @@ def measure_model(model, data: Dataset, batches: Batches, test: Batches, precisi
 
 @torch.no_grad()
 def untrained(args, seed: int, data: Dataset, batches: Batches, test: Batches) -> tuple[Tensor, Tensor]:
-    """Features of the network before its first step: random weights, BatchNorm's averages set by the images."""
+    """Features of the network before its first step: random weights; the images set BatchNorm's averages."""
     torch.manual_seed(seed)
     network = build_model(args.net, data.train_x.shape[3], len(data.classes))["network"].to(batches.device)
     for module in network.modules():
@@ -762,7 +751,7 @@ def conclude(args, data: Dataset, fine: Fine | None, run: Run, model, batches, t
     return result
 
 
-# Panels of collapse.png: title, (key, name in the legend) of its curves; on the test split the key has test_ before
+# Panels of collapse.png: title, and its curves by key and name; on the test split the key has test_ before it
 PANELS = (
     ("error (%)", [("error", "error")]),
     ("NC1: spread within classes", [("nc1", "tr(S_W S_B^+)/K"), ("trace_ratio", "tr S_W / tr S_B")]),
@@ -816,13 +805,13 @@ def heat_map(figure, ax, values: np.ndarray, title: str, label: str, ticks, **li
 
 
 def draw_fine(folder: Path, run: Run, fine: Fine) -> list[str]:
-    """Class-distance matrices of trained and untrained features, and what was recovered from which features."""
+    """Class distances of untrained and trained features, and what was recovered from which features."""
     found, order = run.finished["fine"], torch.argsort(fine.coarse, stable=True).numpy()
     names = [fine.classes[k] for k in order]  # sisters beside each other
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     for ax, source in zip(figure.subplots(1, 2), ("untrained", "trained"), strict=True):
         D = np.array(found[source]["class_distances"])[np.ix_(order, order)]
-        title = f"{source}: sisters {found[source]['sister_ratio']:.2f}, others {found[source]['other_ratio']:.2f}"
+        title = f"{source}: sisters {found[source]['sister_ratio']:.2f} times the distance within"
         heat_map(figure, ax, np.log10(D / np.diag(D).mean()), title, "log10 (distance² / within)", names)
     saved = [save_figure(folder / "class_distances.png", figure)]
 
@@ -843,7 +832,7 @@ def draw_fine(folder: Path, run: Run, fine: Fine) -> list[str]:
 
 
 def results_table(runs: list[Run]) -> str:
-    """A row for each loss and setting, mean ± std over seeds: last epoch's accuracy, the best one's, collapse."""
+    """A row for each loss and setting, mean ± std over seeds: last epoch's accuracy, the best's, collapse."""
     groups: dict[tuple, list[dict]] = {}
     for run in runs:
         f = json.loads((run.folder / "config.json").read_text())["flags"]
@@ -861,154 +850,126 @@ def results_table(runs: list[Run]) -> str:
     return table(header, rows)
 
 
-# What --features prints: key, what it is and its convention, its value at complete collapse (- if it depends)
+# What --features prints: what it is, by which convention, and its value at complete collapse
 EXPLAINED = {
     "nc1": ("NC1 tr(Sigma_W pinv(Sigma_B)) / K", "0"),
-    "nc1_rank": ("  rank of Sigma_B that was kept", "K-1"),
+    "nc1_rank": ("  rank of Sigma_B that was kept", "rank"),
     "trace_ratio": ("  tr Sigma_W / tr Sigma_B", "0"),
     "cdnv": ("  CDNV, mean over class pairs", "0"),
     "vci": ("  VCI, variability collapse index", "0"),
-    "nc2_equinorm_M": ("NC2 std/mean of norms, means", "0"),
-    "nc2_equinorm_W": ("  class vectors", "0"),
-    "nc2_equiangular_M": ("NC2 mean |cos + 1/(K-1)|, means", "0"),
-    "nc2_equiangular_W": ("  class vectors", "0"),
-    "nc2_etf_M": ("NC2 distance of Gram from ETF, means", "0"),
-    "nc2_etf_W": ("  class vectors", "0"),
+    "nc2_equinorm": ("NC2 std / mean of lengths", "0"),
+    "nc2_equiangular": ("NC2 mean |cos + 1/(K-1)|", "0"),
+    "nc2_etf": ("NC2 distance of Gram matrix from ETF's", "0"),
     "nc3": ("NC3 ||W/|W| - M/|M|||^2", "0"),
-    "nc3_etf": ("  distance of W M^T from ETF", "0"),
-    "nc4": ("NC4 decision is not the nearest mean", "0"),
-    "znc1": ("ZNC1, as NC1 around the origin", "0"),
-    "znc_equinorm": ("ZNC2 std/mean of norms, means", "0"),
-    "znc_mean_cosine": ("  mean |cos|, means", "0"),
-    "znc_max_cosine": ("  largest |cos|, means", "0"),
+    "nc3_etf": ("  distance of W M^T from ETF's", "0"),
+    "nc4": ("NC4 share not decided by nearest mean", "0"),
+    "znc1": ("ZNC1, NC1 around the origin", "0"),
+    "znc_equinorm": ("ZNC2 std / mean of lengths", "0"),
+    "znc_mean_cosine": ("ZNC2 mean |cos|", "0"),
+    "znc_max_cosine": ("  largest |cos|", "0"),
     "znc_alignment": ("ZNC3 ||W/|W| - M/|M|||^2, M not centred", "0"),
     "gnc1": ("GNC1, NC1 of unit features", "0"),
-    "gnc_log_energy_M": ("GNC2 mean log(1/r), means", "log"),
-    "gnc_log_energy_W": ("  class vectors", "log"),
-    "gnc_riesz1_energy_M": ("GNC2 mean 1/r, means", "riesz1"),
-    "gnc_riesz1_energy_W": ("  class vectors", "riesz1"),
-    "gnc_riesz2_energy_M": ("GNC2 mean 1/r^2, means", "riesz2"),
-    "gnc_riesz2_energy_W": ("  class vectors", "riesz2"),
-    "gnc_smallest_angle_M": ("GNC2 smallest angle (degrees), means", "angle"),
-    "gnc_smallest_angle_W": ("  class vectors", "angle"),
-    "gnc_one_vs_rest_M": ("GNC2 one-vs-rest distance, means", "rest"),
-    "gnc_one_vs_rest_gap_M": ("  known to within", "0"),
-    "gnc_one_vs_rest_W": ("  class vectors", "rest"),
-    "gnc_one_vs_rest_gap_W": ("  known to within", "0"),
+    "gnc_log_energy": ("GNC2 mean log(1/r)", "log"),
+    "gnc_riesz1_energy": ("GNC2 mean 1/r", "riesz1"),
+    "gnc_riesz2_energy": ("GNC2 mean 1/r^2", "riesz2"),
+    "gnc_smallest_angle": ("GNC2 smallest angle (degrees)", "angle"),
+    "gnc_one_vs_rest": ("GNC2 one-vs-rest distance", "rest"),
+    "gnc_one_vs_rest_gap": ("  known to within", "0"),
     "gnc3": ("GNC3 mean of 1 - cos(w_k, mu_k - mu_G)", "0"),
-    "minority_angle_M": ("minority: mean angle (degrees), means", "angle"),
-    "minority_angle_W": ("  class vectors", "angle"),
-    "minority_cosine_M": ("minority: mean cosine, means", "cosine"),
-    "minority_cosine_W": ("  class vectors", "cosine"),
+    "minority_angle": ("minority: mean angle (degrees)", "angle"),
 }
 
 
 def collapse_targets(K: int, d: int) -> dict[str, str]:
-    """Values at complete collapse that depend on K; known for the simplex, K <= d + 1, and left open beyond."""
-    r2, cosine = 2 * K / (K - 1), -1 / (K - 1)
-    exact = {"log": -math.log(r2) / 2, "riesz1": r2**-0.5, "riesz2": 1 / r2, "rest": K / (K - 1)}
-    exact |= {"angle": math.degrees(math.acos(cosine)), "cosine": cosine, "K-1": K - 1, "0": 0}
-    beyond = {"0": 0, "K-1": min(K - 1, d)}
-    return {
-        key: f"{v:.4g}" if K <= d + 1 else f"{beyond[key]}" if key in beyond else "-"
-        for key, v in exact.items()
-    }
+    """Values at complete collapse; those that depend on K are the simplex's, K <= d + 1, and open beyond."""
+    r2 = 2 * K / (K - 1)
+    values = {"log": -math.log(r2) / 2, "riesz1": r2**-0.5, "riesz2": 1 / r2, "rest": K / (K - 1)}
+    values["angle"] = math.degrees(math.acos(-1 / (K - 1)))
+    known = {key: f"{value:.6g}" if K <= d + 1 else "-" for key, value in values.items()}
+    return known | {"0": "0", "rank": str(min(K - 1, d))}
 
 
-def read_features(path: Path) -> dict[str, Tensor]:
-    """The arrays of a features file, checked. Raises UserError that names the file, the array and what is wrong."""
+def read_features(path: Path) -> tuple[dict[str, Tensor], int]:
+    """The arrays of a features file, checked, and K. Raises UserError that names file, array and fault."""
+    names = ("train_h", "train_y", "test_h", "test_y", "W", "b")
     try:
         with np.load(path, allow_pickle=False) as file:  # never unpickles
-            found = {
-                key: file[key] for key in ("train_h", "train_y", "test_h", "test_y", "W", "b") if key in file
-            }
+            found = {key: file[key] for key in names if key in file}
     except Exception as error:  # as with the data's npz: many kinds, all mean a missing or damaged file
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0].partition(". ")[0]
         raise UserError(f"{path}: not a readable features file ({reason or type(error).__name__})") from None
 
     def require(ok, what: str) -> None:
         if not ok:
-            raise UserError(f"{path}: {what}; see the layout in nc_metrics.py")
+            raise UserError(f"{path}: {what}; the layout stands at the top of nc_metrics.py")
 
-    for split in ("train", "test"):
+    for key in found.keys() & {"train_h", "test_h", "W", "b"}:
+        a = found[key]
+        ok = np.issubdtype(a.dtype, np.floating) and a.ndim == (1 if key == "b" else 2) and a.size
+        require(ok, f"{key} is {a.shape} {a.dtype}, expected {'(K,)' if key == 'b' else '(rows, d)'} floats")
+        require(np.isfinite(a).all(), f"{key} has values that are not finite")
+        found[key] = a.astype(np.float64 if a.dtype.itemsize > 4 else np.float32)
+    splits = ("train", "test") if found.keys() & {"test_h", "test_y"} else ("train",)
+    for split in splits:
         h, y = found.get(f"{split}_h"), found.get(f"{split}_y")
-        if split == "test" and h is None and y is None:
-            continue
         require(h is not None and y is not None, f"{split}_h and {split}_y are needed together")
-        ok = h.ndim == 2 and np.issubdtype(h.dtype, np.floating) and h.size > 0
-        require(ok, f"{split}_h is {h.shape} {h.dtype}, expected (N, d) floats")
-        require(np.isfinite(h).all(), f"{split}_h has values that are not finite")
-        ok = y.shape == (len(h),) and np.issubdtype(y.dtype, np.integer)
+        ok = np.issubdtype(y.dtype, np.integer) and y.shape == (len(h),)
         require(ok, f"{split}_y is {y.shape} {y.dtype}, expected ({len(h)},) integers")
-        require(y.min() >= 0, f"{split}_y has the label {y.min()}, expected 0 or more")
-        require(
-            h.shape[1] == found["train_h"].shape[1], f"{split}_h has {h.shape[1]} dimensions, train_h another"
-        )
-    d, K = found["train_h"].shape[1], int(found["train_y"].max()) + 1
-    W, b = found.get("W"), found.get("b")
-    if W is not None:
-        require(
-            W.ndim == 2 and W.shape[1] == d and np.isfinite(W).all(), f"W is {W.shape}, expected (K, {d})"
-        )
-        K = len(W)
-    require(b is None or (W is not None and b.shape == (K,)), "b is there, but not as (K,) beside W (K, d)")
+        found[f"{split}_y"] = y.astype(np.int64)
+    W, b, K = found.get("W"), found.get("b"), int(found["train_y"].max()) + 1
+    K = K if W is None else len(W)
     require(K >= 2, f"{K} class, and collapse needs two")
-    for split in ("train", "test"):
-        y = found.get(f"{split}_y")
-        if y is not None:
-            require(y.max() < K, f"{split}_y has the label {y.max()}, but there are {K} classes")
-            n = np.bincount(y, minlength=K)
-            require(n.all(), f"class {n.argmin()} has no sample in {split}_y")
-    found = {key: a.astype(np.float32) if a.dtype == np.float16 else a for key, a in found.items()}
-    return {key: torch.from_numpy(np.ascontiguousarray(a)) for key, a in found.items()} | {"K": K}
+    require(b is None or (W is not None and len(b) == K), f"b is there, but not with the K = {K} rows of a W")
+    for key in found.keys() & {"test_h", "W"}:
+        d = found["train_h"].shape[1]
+        require(found[key].shape[1] == d, f"{key} is {found[key].shape}, and train_h has d = {d}")
+    for y, split in ((found[f"{split}_y"], split) for split in splits):
+        ok = 0 <= y.min() and y.max() < K
+        require(ok, f"{split}_y has labels {y.min()} to {y.max()}, expected 0 to {K - 1}")
+        n = np.bincount(y, minlength=K)
+        require(n.all(), f"class {n.argmin()} has no sample in {split}_y")
+    return {key: torch.from_numpy(a) for key, a in found.items()}, K
 
 
 def report(args: argparse.Namespace) -> dict:
-    """--features and --run: every metric as a table, or as JSON, and the maps of class distances and cosines."""
+    """--features and --run: every metric as a table or as JSON, and maps of class distances and cosines."""
     path = args.features if args.features else args.run / "features.npz"
-    found = read_features(path)
-    device, K = metric_device(pick_device(args.device)), found.pop("K")
-    found = {key: t.long().to(device) if key.endswith("_y") else t.to(device) for key, t in found.items()}
+    found, K = read_features(path)
+    device = metric_device(pick_device(args.device))
+    found = {key: t.to(device) for key, t in found.items()}
     h, y, W, b = (found.get(key) for key in ("train_h", "train_y", "W", "b"))
     S = StoredStatistics(h, y, K)
-    result = {"file": str(path), "N": len(h), "d": h.shape[1], "K": K}
-    result["train"] = measure_everything(h, y, K, W, b)
+    result = {"train": measure_everything(h, y, K, W, b)}
     if "test_h" in found:
         result["test"] = measure_everything(found["test_h"], found["test_y"], K, W, b, S.mean)
-    splits = [split for split in ("train", "test") if split in result]
-    folder = args.out / "nc_metrics" / "features" / (args.run or args.features.with_suffix("")).name
-    maps = {"class distance²": S.class_distances(), "cosine of centred means": cosines(S.centred_means())}
-    if W is not None:
-        maps["cosine of class vectors"] = cosines(W)
+    maps = [("class distances", "mean squared distance", S.class_distances(), {})]
+    limits = {"vmin": -1, "vmax": 1}
+    maps += [("class means, centred", "cosine", cosines(S.centred_means()), limits)]
+    maps += [("class vectors", "cosine", cosines(W), limits)] if W is not None else []
     figure = Figure(figsize=(4.6 * len(maps), 4), layout="constrained")
-    for ax, (title, values) in zip(np.atleast_1d(figure.subplots(1, len(maps))), maps.items(), strict=True):
-        limits = {} if "distance" in title else {"vmin": -1, "vmax": 1}
-        heat_map(
-            figure,
-            ax,
-            values.cpu().numpy(),
-            title,
-            "squared length" if not limits else "cosine",
-            range(K),
-            **limits,
-        )
-    save_figure(folder / "maps.png", figure)
-    result["figure"] = str(folder / "maps.png")
-    if args.json:
-        as_null = lambda v: v if not isinstance(v, float) or math.isfinite(v) else None  # noqa: E731
-        clean = {
-            k: {key: as_null(x) for key, x in v.items()} if isinstance(v, dict) else v
-            for k, v in result.items()
+    for ax, (title, label, values, limits) in zip(figure.subplots(1, len(maps)), maps, strict=True):
+        heat_map(figure, ax, values.cpu().numpy(), title, label, range(K), **limits)
+    place = "-".join((args.run or args.features.with_suffix("")).resolve().parts[-3:])
+    figure_path = args.out / "nc_metrics" / "features" / place / "maps.png"
+    save_figure(figure_path, figure)
+    size = {"file": str(path), "N": len(h), "d": h.shape[1], "K": K}
+    if args.json:  # JSON knows neither nan nor inf
+        finite = {
+            split: {k: v if math.isfinite(v) else None for k, v in m.items()} for split, m in result.items()
         }
-        print(json.dumps(clean, indent=1))
-        return result
-    targets = collapse_targets(K, h.shape[1])
-    rows = [[text, *(f"{result[s][key]:.6g}" for s in splits), targets[target]]
-            for key, (text, target) in EXPLAINED.items() if key in result["train"]]  # fmt: skip
+        print(json.dumps(size | finite, indent=1))
+        return size | result
+    targets, rows = collapse_targets(K, h.shape[1]), []
+    for key, (text, target) in EXPLAINED.items():
+        for end, whose in (("", ""), ("_M", ", means"), ("_W", ", class vectors")):
+            if key + end in result["train"]:
+                cells = [f"{measured[key + end]:.6g}" for measured in result.values()]
+                rows.append([text + whose, *cells, targets[target]])
     print(f"{path}: N = {len(h):,}, d = {h.shape[1]}, K = {K}\n")
-    print(table(["metric", *splits, "collapsed"], rows))
-    print(f"\nMinority: the smallest third of the classes. Maps of the training features: {result['figure']}")
-    return result
+    print(table(["metric", *result, "collapsed"], rows))
+    print("\nMeans are centred, but for ZNC. Minority: the smallest third of the classes.")
+    print(f"maps of the training features: {figure_path}")
+    return size | result
 
 
 # %% [6] Command line
@@ -1109,8 +1070,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 # Flags that say where or how often, not what is computed: a run may go on with other values of these.
-NOT_IN_CONFIG = {"out", "data_dir", "method", "seed", "device", "resume", "overwrite", "synthetic", "features",
-                 "run", "json", "grid"}  # fmt: skip
+NOT_IN_CONFIG = {"out", "data_dir", "method", "seed", "device", "resume", "overwrite", "synthetic"}
+NOT_IN_CONFIG |= {"features", "run", "json", "grid"}
 
 
 def load(args: argparse.Namespace) -> tuple[Dataset, Fine | None]:
@@ -1172,11 +1133,11 @@ def program(args: argparse.Namespace) -> dict:
                         draw_fine(run.folder, run, fine)
                 runs.append(run)
     print(f"\n{results_table(runs)}")
-    print("Last epoch. NC1, CDNV, NC3: on training features, but for test NC1.", end=" ")
+    print("Last epoch. NC1, CDNV, NC3: on training features, but for test NC1.")
     if fine:
-        print(f"purity: of k-means ({args.cluster[0]}) inside coarse\nclasses; probe: trained on the labels so "
-              "reconstructed, tested on the true fine ones; true: trained on the true ones.")  # fmt: skip
-        print(fine_table(runs[0].finished["fine"]))
+        print(f"purity: of k-means ({args.cluster[0]}) in a coarse class; probe: trained on labels so found,")
+        print("tested on the true fine ones; true: trained on the true ones")
+        print(f"\n{fine_table(runs[0].finished['fine'])}")
     print(f"\nfigures in {runs[0].folder} and the other run folders")
     return {"results": [run.finished for run in runs], "folder": str(folder)}
 
