@@ -491,7 +491,7 @@ def synthetic(folder) -> bool:
         )
         check(f"minority share {name} lam_W lam_H: angle (degrees)", angle, minority_angle(V, few), 0.05)
 
-    # 7. A network on four Gaussian clusters in two classes: NC1 falls, and the clusters remain. How deep it is
+    # 7. A network on four Gaussian clusters in two classes: NC1 falls, the clusters remain. How deep it is
     # decides what k-means needs to find them: nothing, unit length, or the whitening of the main directions
     paths = {depth: mixture(depth, 1000, 0) for depth in (1, 2, 4)}
     lost = {1: (), 2: ("raw",), 4: ("raw", "l2")}  # where k-means is near chance, 1/2
@@ -770,8 +770,7 @@ def save_figure(path: Path, figure: Figure) -> str:
 def draw_collapse(folder: Path, run: Run, title: str) -> str:
     """NC1..NC4 and the error over the epochs, train and test, with the zero-error epoch marked; one run."""
     lines = [line for line in run.history if "nc1" in line]
-    for line in lines:
-        line["error"], line["test_error"] = 1 - line["train_accuracy"], 1 - line["accuracy"]
+    lines = [x | {"error": 1 - x["train_accuracy"], "test_error": 1 - x["accuracy"]} for x in lines]
     x, zero = [line["epoch"] for line in lines], run.finished["zero_error_epoch"]
     figure = Figure(figsize=(9.5, 5.6), layout="constrained")
     for ax, (name, curves) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
@@ -1002,7 +1001,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         type=float,
         help="first learning rate; 0.068, mnist 0.0133, fashionmnist 0.13, svhn 0.0096, digits 0.05",
     )
-    add("--weight-decay", type=float, default=5e-4, help="on all parameters")
+    add("--weight-decay", type=float, help="on all parameters; 5e-4")
     add("--seed", type=int, nargs="+", default=[0], help="one or more; of weights, order, views and k-means")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where it runs")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="inside the network only")
@@ -1037,7 +1036,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--image-size", type=int, default=32, help="pixels, for folder:PATH")
     args = parser.parse_args(argv)
 
-    name, given = args.dataset.partition(":")[0], args.lr is not None
+    if args.grid and (args.lr is not None or args.weight_decay is not None):
+        raise UserError(
+            "--grid: sets learning rate and weight decay itself; leave --lr and --weight-decay out"
+        )
+    args.weight_decay = 5e-4 if args.weight_decay is None else args.weight_decay
+    name = args.dataset.partition(":")[0]
     recipe = RECIPES.get(name.removesuffix("lt"), PUBLISHED)
     if name.endswith("lt"):
         recipe = (*recipe[:2], None, recipe[3])  # a long tail is not cut to one size
@@ -1047,7 +1051,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.net = (
         args.net if args.net != "auto" else "cnn" if name.removesuffix("lt") == "digits" else "resnet18"
     )
-    least = dict(epochs=1, batch_size=2, image_size=1, per_class=2)
+    least = dict(epochs=1, batch_size=4, image_size=1, per_class=2)  # no batch of one: BatchNorm
     for flag, smallest in least.items():
         value = getattr(args, flag)
         if value is not None and value < smallest:
@@ -1060,8 +1064,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise UserError("--features and --run: give one of them")
     if args.json and not (args.features or args.run):
         raise UserError("--json: only with --features FILE.npz or --run FOLDER")
-    if args.grid and given:
-        raise UserError("--grid: tries its own learning rates; leave --lr out")
     args.method = list(METHODS) if "all" in args.method else list(dict.fromkeys(args.method))
     args.seed, args.cluster = list(dict.fromkeys(args.seed)), list(dict.fromkeys(args.cluster))
     if args.dry_run:
@@ -1128,9 +1130,9 @@ def program(args: argparse.Namespace) -> dict:
                     print(f"{run.folder}: done before, {accuracy:.2f}%; --overwrite redoes it")
                 else:
                     train(args, name, seed, data, fine, run, device)
-                    draw_collapse(run.folder, run, f"{args.dataset}, {name}")
-                    if fine:
-                        draw_fine(run.folder, run, fine)
+                draw_collapse(run.folder, run, f"{args.dataset}, {name}")
+                if fine:
+                    draw_fine(run.folder, run, fine)
                 runs.append(run)
     print(f"\n{results_table(runs)}")
     print("Last epoch. NC1, CDNV, NC3: on training features, but for test NC1.")
