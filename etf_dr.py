@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from scipy.integrate import quad, solve_ivp
 from scipy.optimize import brentq, minimize
 from torch import Tensor, nn
@@ -208,6 +209,290 @@ def locate(collapsed, inside: float, outside: float) -> float:
 # [end copied]
 
 
+def optimal_loss(K: int, E: float) -> float:
+    """Theorem 1: least CE under a fixed ETF, E = sqrt(E_W E_H), whatever the class counts."""
+    # at h = sqrt(E_H/E_W) w_y: h . w_k = E (K/(K-1) [k = y] - 1/(K-1))
+    return math.log1p((K - 1) * math.exp(-E * K / (K - 1)))
+
+
+def layer_peeled(counts, E_W: float, E_H: float, steps: int = 200) -> tuple[Tensor, Tensor]:
+    """Learnable classifier: optimal W (K, d) and class features H (K, d), d = K, for class counts (K,).
+
+    min sum_k n_k/N CE(W h_k, k) with (1/K) sum ||w_k||^2 = E_W and (1/K) sum ||h_k||^2 = E_H (Fang et al.
+    2021). Not convex in (W, H), but at d >= K without bad local minima. One feature a class is enough.
+    """
+    K = len(counts)
+    weight = torch.as_tensor(counts, dtype=torch.float64) / sum(counts)
+
+    def unpack(V, G):  # the optimum uses both budgets whole
+        return V * (E_W * K) ** 0.5 / V.norm(), G * (E_H * K) ** 0.5 / G.norm()
+
+    def loss(V, G):
+        W, H = unpack(V, G)
+        return weight @ F.cross_entropy(H @ W.T, torch.arange(K), reduction="none")
+
+    generator = torch.Generator().manual_seed(0)
+    V, G = (torch.randn(K, K, generator=generator, dtype=torch.float64) / 2 for _ in range(2))
+    return unpack(*minimise(loss, V, G, steps=steps))
+
+
+def peeled_features(loss, W: Tensor, y: Tensor, E_H: float, steps: int = 200) -> Tensor:
+    """Fixed classifier W (K, d): the features of all samples, (N, d), that minimise loss(H, W, y).
+
+    Searched in the whole ball ||h||^2 <= E_H, from random points inside: beyond it G is pulled back.
+    """
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(len(y), W.shape[1], generator=generator, dtype=torch.float64)
+    start = F.normalize(start) * torch.rand(len(y), 1, generator=generator, dtype=torch.float64)
+
+    def ball(G):
+        return math.sqrt(E_H) * G / G.norm(dim=1, keepdim=True).clamp_min(1)
+
+    # times N: the mean hides a sample behind all others, and L-BFGS stops on the gradient
+    (G,) = minimise(lambda G: len(y) * loss(ball(G), W, y), start, steps=steps)
+    return ball(G)
+
+
+def flow(gradient, h0, T: float, E_H: float, ball: bool, at=None):
+    """Gradient flow dh/dt = -gradient(h) of one feature h (d,) to time T: scipy's solution, h at times `at`.
+
+    On the sphere ||h||^2 = E_H only the tangential part moves h. In the ball h moves freely until it reaches
+    the sphere, where the flow stops (`t_events`): from then on it is the sphere's.
+    """
+
+    def velocity(t, h):
+        v = -gradient(h)
+        return v if ball else v - (v @ h) / (h @ h) * h
+
+    def surface(t, h):
+        return h @ h - E_H
+
+    surface.terminal = surface.direction = 1
+    precise = dict(method="LSODA", rtol=1e-9, atol=1e-13, t_eval=at)
+    return solve_ivp(velocity, (0, T), h0, events=surface if ball else None, **precise)
+
+
+# Gradient flow on the sphere, E_W = E_H = E, from h = the direction of another class: theta, the angle to the
+# own class vector, stays in the plane of both, so that time is an integral over theta. Derived here.
+
+
+def dr_time(theta: float, K: int) -> float:
+    """When dot-regression has brought the angle down to theta. In the end theta = 1 / sqrt(t)."""
+
+    # u = cos theta: du/dt = (1 - u)^2 (1 + u), whose integral is elementary. The same for any E.
+    def clock(v):  # v = 1 - cos theta; 1 - u would lose a small angle's digits
+        return 1 / (2 * v) + math.log((2 - v) / v) / 4
+
+    return clock(2 * math.sin(theta / 2) ** 2) - clock(K / (K - 1))
+
+
+def ce_time(theta: float, K: int, E: float) -> float:
+    """When cross-entropy has brought the angle down to theta, by quadrature; K >= 3."""
+    start = math.acos(-1 / (K - 1))  # the angle between any two class vectors
+
+    def speed(a):
+        # cosines of h with the own, the other and each further class vector (all K sum to zero), and p
+        own, other = math.cos(a), math.cos(start - a)
+        further = -(own + other) / (K - 2)
+        mass = np.exp(E * np.array([own, other, further])) * [1, 1, K - 2]
+        p_own, p_other, p_further = mass / mass.sum() / [1, 1, K - 2]
+        # what (1 - p_own) w_own - p_other w_other - sum p_k w_k does to the angle; the further w_k sum to
+        # -(w_own + w_other)
+        to_own, to_other = math.sin(a), -math.sin(start - a)
+        return (1 - p_own) * to_own - p_other * to_other + p_further * (to_own + to_other)
+
+    return quad(lambda a: 1 / speed(a), theta, start, limit=500)[0]
+
+
+def ce_rate(K: int, E: float) -> float:
+    """CE's angle ends as exp(-rate t): the slope of its flow at the optimum, in any direction."""
+    e = math.exp(-E * K / (K - 1))
+    p, q = 1 / (1 + (K - 1) * e), e / (1 + (K - 1) * e)  # probability of the own, of any other class
+    # restoring force K/(K-1) (1 - p) of the pull, and E W^T diag(q) W = E K/(K-1) q of the Hessian
+    return K / (K - 1) * (1 - p + E * q)
+
+
+def ce_arrival(K: int, E: float) -> float:
+    """When CE, from h = 0 in the ball, reaches the optimum on its surface: a finite time."""
+    # on the axis x = (z_y - z_k) obeys dx/dt = E K^2/(K-1) / (e^x + K - 1), up to x = E K/(K-1)
+    x = E * K / (K - 1)
+    return (K - 1) / (K * K * E) * (math.expm1(x) + (K - 1) * x)
+
+
+def synthetic(folder) -> bool:
+    """Check each claim against direct optimisation or simulation; print the table, draw two figures."""
+    passed, generator = [], torch.Generator().manual_seed(0)
+    print(f"{'claim':<70}{'theory':>10}{'measured':>11}{'error':>9}{'tolerance':>10}  ok")
+
+    def check(claim, theory, measured, tolerance, at_most=False):
+        error = max(measured - theory, 0) if at_most else abs(measured - theory)
+        passed.append(bool(error <= tolerance))
+        print(f"{claim:<70}{theory:>10.4f}{measured:>11.4f}{error:>9.1e}{tolerance:>10.1e}", end="  ")
+        print("yes" if passed[-1] else "NO")
+
+    # 1. Theorem 1: with a fixed ETF the optimum is neural collapse, however imbalanced the classes
+    for K, E_W, E_H, rule, counts in (
+        (10, 1, 1, "n_k = 100 ... 1", np.geomspace(100, 1, 10)),
+        (10, 2, 5, "n_k = 100 or 1", [100] * 5 + [1] * 5),
+        (100, 1, 1, "n_k = 20 ... 1", np.geomspace(20, 1, 100)),
+    ):
+        W = math.sqrt(E_W) * simplex_etf(K, K, generator)
+        y = torch.arange(K).repeat_interleave(torch.as_tensor(np.rint(counts)).long())
+        print(f"fixed ETF, K = {K}, E_W = {E_W}, E_H = {E_H}, {rule}, {len(y)} free features")
+        H = peeled_features(cross_entropy_loss, W, y, E_H)
+        best = optimal_loss(K, math.sqrt(E_W * E_H))
+        check("   CE: log(1 + (K-1) exp(-E K/(K-1)))", best, cross_entropy_loss(H, W, y).item(), 1e-9)
+        far = (H - math.sqrt(E_H / E_W) * W[y]).norm(dim=1).max().item() / math.sqrt(E_H)
+        check("   CE: largest distance of a feature from sqrt(E_H/E_W) w_y", 0, far, 1e-5)
+
+        def dr(h, W, y, E_W=E_W, E_H=E_H):
+            return dot_regression_loss(h, W, y, E_W, E_H)
+
+        H = peeled_features(dr, W, y, E_H)
+        check("   DR: 0", 0, dr(H, W, y).item(), 1e-9)
+        far = (H - math.sqrt(E_H / E_W) * W[y]).norm(dim=1).max().item() / math.sqrt(E_H)
+        check("   DR: largest distance (its optimum is flat: error ~ gradient^(1/3))", 0, far, 2e-2)
+
+    # 2. A learnable classifier gives the minority one common vector from n_A / n_B = R* on; a fixed one never
+    def minority(K_A, K_B, E_W, E_H, R):  # mean cosine of the minority's class vectors
+        W, _ = layer_peeled([R] * K_A + [1] * K_B, E_W, E_H)
+        return mean_pairwise_cosine(W, torch.arange(K_A, K_A + K_B))
+
+    settings = {(5, 5): (1, 5), (7, 3): (1, 5), (3, 7): (1, 1)}  # the first is that of Fang et al.
+    edges = {k: collapse_threshold(*k, math.sqrt(E_W * E_H)) for k, (E_W, E_H) in settings.items()}
+    for k, (E_W, E_H) in settings.items():
+        R = edges[k]
+        found = locate(lambda R, k=k, b=(E_W, E_H): minority(*k, *b, R) > 0.99, 1.15 * R, 0.9 * R)
+        check(
+            f"learnable, {k[0]} + {k[1]} classes, E_W = {E_W}, E_H = {E_H}: collapse from R =",
+            R,
+            found,
+            0.01 * R,
+        )
+    check("   5 + 5: minority cosine at R = 13.5", 1, minority(5, 5, 1, 5, 13.5), 1e-6)
+    check("   5 + 5: minority cosine at R = 11, at most", 0.95, minority(5, 5, 1, 5, 11), 0, True)
+    K, few, W = 10, torch.arange(5, 10), simplex_etf(10, 10, generator)
+    for R in (13.5, 1e4):  # weights instead of ten thousand samples
+        weight = torch.tensor([R] * 5 + [1.0] * 5, dtype=torch.float64) / (5 * R + 5)
+
+        def weighted(h, W, y, weight=weight):
+            return weight @ F.cross_entropy(h @ W.T, y, reduction="none") / weight.min()
+
+        H = peeled_features(weighted, W, torch.arange(K), 5)
+        found = mean_pairwise_cosine(H, few)
+        check(f"fixed ETF, CE, R = {R:g}: cosine of minority features -1/(K-1)", -1 / (K - 1), found, 1e-5)
+
+    # 3. Closed forms of the gradients, of the loss with class lengths, and what Mixup leaves of DR's optimum
+    y = torch.randint(K, (64,), generator=generator)
+    h, V = (torch.randn(n, K, generator=generator, dtype=torch.float64).requires_grad_() for n in (64, K))
+    g_h, g_V = torch.autograd.grad(cross_entropy_loss(h, V, y), (h, V))
+    error = (sum(ce_feature_gradient(h, V, y)) / len(y) - g_h).abs().max().item()
+    check("CE: pull + push on features against autograd, largest error", 0, error, 1e-14)
+    error = (sum(ce_classifier_gradient(h, V, y)) - g_V).abs().max().item()
+    check("CE: pull + push on class vectors against autograd, largest error", 0, error, 1e-14)
+    (g_h,) = torch.autograd.grad(dot_regression_loss(h, W, y, 1, 5), h)
+    error = (dr_feature_gradient(h, W, y, 1, 5) / len(y) - g_h).abs().max().item()
+    check("DR: pull on features against autograd, largest error", 0, error, 1e-14)
+    u = F.normalize(h.detach())
+    longer = class_length(y, K).double()[y, None] * W[y]  # the released form: a longer w_y, w_y . h = ||w_y||
+    released = ((u * longer).sum(1) - longer.norm(dim=1)).square().mean() / 2
+    inverse = 64 / len(y.unique()) / torch.bincount(y, minlength=K)[y]  # gamma / n_y
+    reweighted = (inverse * ((u * W[y]).sum(1) - 1).square()).mean() / 2
+    check("class lengths = inverse-frequency weights in the batch", reweighted.item(), released.item(), 1e-7)
+    for n in (10, 100):  # lam = 1/2: the best h has cosine sqrt((n-2) / (2 (n-1))) with both class vectors
+        W_n, pair = simplex_etf(n, n, generator), torch.tensor([0, 1])
+        floor = (1 - math.sqrt((n - 2) / (2 * (n - 1)))) ** 2 / 2
+
+        def mixed(x, W=W_n, pair=pair):
+            return dot_regression_loss(F.normalize(x).expand(2, -1), W, pair)
+
+        best = mixed(*minimise(mixed, W_n[:1] + W_n[2:3])).item()
+        check(f"DR with Mixup, lam = 1/2, K = {n}: the loss stays above", floor, best, 1e-9)
+
+    # 4. Which converges faster? One feature, from the direction of another class, E_W = E_H = E
+    axis, own, clocks, paths = W[0].numpy(), torch.tensor([0]), {}, {}
+
+    def off(h):  # angle of h (..., d) to the own class vector, right down to rounding
+        along = h @ axis
+        return np.arctan2(np.linalg.norm(h - along[..., None] * axis, axis=-1), along)
+
+    for E in (1, 10):
+        W_E = math.sqrt(E) * W
+
+        def ce(h, W=W_E):
+            return sum(ce_feature_gradient(torch.from_numpy(h)[None], W, own))[0].numpy()
+
+        def dr(h, W=W_E, E=E):
+            return dr_feature_gradient(torch.from_numpy(h)[None], W, own, E, E)[0].numpy()
+
+        other = math.sqrt(E) * W[1].numpy()
+        print(f"on the sphere, E = {E}: the time to an angle of 0.1 and of 0.01; below it, the angle reached")
+        for theta in (0.1, 0.01):
+            for name, gradient, t in (("DR", dr, dr_time(theta, K)), ("CE", ce, ce_time(theta, K, E))):
+                reached = off(flow(gradient, other, t, E, ball=False).y[:, -1])
+                check(f"   {name} at t = {t:.1f}", theta, reached, 1e-5 * theta)
+                clocks[name, E, theta] = t
+        rate = ce_rate(K, E)
+        early, late = flow(ce, other, 15 / rate, E, ball=False, at=np.array([12, 15]) / rate).y.T
+        measured = math.log(off(early) / off(late)) * rate / 3
+        check("   CE in the end: rate of exp(-rate t)", rate, measured, 1e-4 * rate)
+        early, late = flow(dr, other, 1e6, E, ball=False, at=[1e4, 1e6]).y.T
+        measured = math.log(off(late) / off(early)) / math.log(100)
+        check("   DR in the end: exponent of t^-1/2", -0.5, measured, 1e-3)
+        for name, gradient, end in (("CE", ce, min(15 / rate, 1e5)), ("DR", dr, 1e5)):
+            at = np.geomspace(0.1, end, 60)
+            label = f"CE, E = {E}" if name == "CE" else "DR, any E"
+            paths[label] = at, off(flow(gradient, other, end, E, ball=False, at=at).y.T)
+        print(f"in the ball, E = {E}, from h = 0")
+        T = ce_arrival(K, E)
+        arrived = flow(ce, np.zeros(K), 2 * T, E, ball=True)
+        check("   CE is at the optimum, on the surface, at t =", T, arrived.t_events[0][0], 1e-5 * T)
+        left = 1 - np.linalg.norm(flow(dr, np.zeros(K), 3, E, ball=True).y[:, -1]) / math.sqrt(E)
+        check("   DR at t = 3: part of the way that is left, e^-t", math.exp(-3), left, 1e-6)
+        # From half of another class vector DR goes straight on, along w_y, until it meets the surface at an
+        # angle with sin = 1/2 sin(angle of the classes); there it slides on as above
+        met = flow(dr, other / 2, 10, E, ball=True)
+        at = math.asin(math.sin(math.acos(-1 / (K - 1))) / 2)
+        check("   DR from half of another class vector: angle at the surface", at, off(met.y[:, -1]), 1e-6)
+        T = math.log((1 + 0.5 / (K - 1)) / (1 - math.cos(at)))
+        check("      reached at t =", T, met.t_events[0][0], 1e-5)
+    # The claim that dot-regression converges faster: at large E and large angles; never in the end
+    for E, theta, first in ((1, 0.1, "CE"), (1, 0.01, "CE"), (10, 0.1, "DR"), (10, 0.01, "CE")):
+        sooner = min(("CE", "DR"), key=lambda name, E=E, theta=theta: clocks[name, E, theta])
+        check(f"sphere, E = {E}: is {first} the first at an angle of {theta}?", 1, sooner == first, 0)
+
+    # Two pictures: where a learnable classifier collapses, and how fast an angle closes
+    figure = Figure(figsize=(6, 4.2), layout="constrained")
+    plot = figure.subplots()
+    # far beyond R* the vectors of 7 + 3's minority shrink to zero, and a cosine means nothing
+    x = np.array([0.25, 0.35, 0.5, 0.7, 0.85, 0.95, 1.02, 1.1, 1.2])
+    for (k, (E_W, E_H)), style in zip(settings.items(), ("o-", "s--", "^-."), strict=True):
+        R = edges[k] * x[edges[k] * x > 1]
+        label = f"{k[0]} + {k[1]} classes, E_W = {E_W}, E_H = {E_H}"
+        plot.plot(R, [minority(*k, E_W, E_H, r) for r in R], style, color="black", label=label)
+        plot.axvline(edges[k], ls=style[1:], color="0.6")
+    plot.axhline(-1 / (K - 1), color="0.6", lw=3, label="fixed simplex ETF")
+    plot.set(xscale="log", xlabel="images of a majority class / of a minority class", ylim=(-0.2, 1.05))
+    plot.set(ylabel="mean cosine of minority class vectors", title="Minority collapse; grey: predicted R*")
+    plot.set_xticks([1, 2, 5, 10], ["1", "2", "5", "10"])
+    plot.minorticks_off()
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    write_atomically(Path(folder) / "collapse.png", lambda part: figure.savefig(part, dpi=100))
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    plot = figure.subplots()
+    for (label, path), style in zip(paths.items(), (":", "-", "-."), strict=True):
+        plot.plot(*path, style, color="black", label=label)
+    plot.set(xscale="log", yscale="log", xlim=(0.1, 1e5), ylim=(1e-3, 3), xlabel="time of the gradient flow")
+    plot.set(
+        ylabel="angle to the own class vector (radians)", title="From another class vector, on the sphere"
+    )
+    plot.legend()
+    write_atomically(Path(folder) / "convergence.png", lambda part: figure.savefig(part, dpi=100))
+    print(f"{sum(passed)} of {len(passed)} claims hold; figures: collapse.png, convergence.png in {folder}")
+    return all(passed)
+
+
 # %% [3] Network
 
 
@@ -264,28 +549,26 @@ class ResNet32(nn.Module):
 class Classifier(nn.Module):
     """Class vectors W (K, d) without bias, learnable or a fixed simplex ETF. Always in float32.
 
-    learnable: logits h W^T of the pooled features as they are, the usual last layer. (The released CIFAR
-    classifier for the baseline is frozen at random: requires_grad is False. Ours learns.)
-    fixed: BatchNorm1d, then h at length sqrt(E_H): behind a ReLU features fill one orthant only, and class
-    vectors point everywhere. ||w_k|| = sqrt(E_W). No temperature, as released.
+    unit False: logits h W^T of the pooled features as they are, the usual last layer. (The baseline's class
+    vectors in the released CIFAR code are frozen at random: requires_grad is False. Ours learn.)
+    unit True: BatchNorm1d, then ||h||^2 = E_H and ||w_k||^2 = E_W. Behind a ReLU features fill one orthant
+    only, and an ETF's vectors point everywhere. No temperature but E, and no bias, as released.
     """
 
-    def __init__(self, K: int, d: int, fixed: bool, E_W: float, E_H: float):
+    def __init__(self, K: int, d: int, fixed: bool, unit: bool, E_W: float, E_H: float):
         super().__init__()
-        self.fixed, self.radius = fixed, math.sqrt(E_H)
-        self.bn = nn.BatchNorm1d(d) if fixed else nn.Identity()
+        self.lengths = (math.sqrt(E_H), math.sqrt(E_W)) if unit else None
+        self.bn = nn.BatchNorm1d(d) if unit else nn.Identity()
         # learnable: nn.Linear's default start
-        W = (
-            math.sqrt(E_W) * simplex_etf(K, d).float()
-            if fixed
-            else nn.init.uniform_(torch.empty(K, d), -1, 1)
-        )
-        self.W = nn.Parameter(W if fixed else W / math.sqrt(d), requires_grad=not fixed)
+        W = simplex_etf(K, d).float() if fixed else torch.empty(K, d).uniform_(-1, 1) / math.sqrt(d)
+        self.W = nn.Parameter(W, requires_grad=not fixed)
 
-    def forward(self, h: Tensor) -> Tensor:
-        """h (B, d) from the network -> h (B, d) as the loss sees it; the logits are h W^T."""
+    def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """h (B, d) from the network -> h (B, d) and W (K, d) as the loss sees them; logits are h W^T."""
         h = self.bn(h.float())
-        return self.radius * F.normalize(h, dim=1) if self.fixed else h
+        if self.lengths is None:
+            return h, self.W
+        return tuple(n * F.normalize(v, dim=1) for n, v in zip(self.lengths, (h, self.W), strict=True))
 
 
 # %% [4] Training
@@ -305,7 +588,7 @@ METHODS = {
     "etf+dr+mixup": Method(True, "dr", True),
 }
 # What published recipes leave to the user: small sets need small batches and fewer epochs.
-RECIPES = {"digits": (30, 32), "mnist": (40, 128), "fashionmnist": (100, 128), "folder": (90, 256)}
+RECIPES = {"digits": (20, 32), "mnist": (40, 128), "fashionmnist": (100, 128), "folder": (90, 256)}
 PUBLISHED = (200, 128)  # epochs, batch size
 
 
@@ -321,9 +604,9 @@ def build_model(args: argparse.Namespace, method: Method, data: Dataset) -> nn.M
         # with a ReLU, since a linear map of 64 features would still fill 64 dimensions only
         network = nn.Sequential(network, nn.Linear(network.d, args.project), nn.ReLU())
         network.d = args.project
-    return nn.ModuleDict(
-        {"network": network, "classifier": Classifier(K, network.d, method.fixed, args.E_W, args.E_H)}
-    )
+    unit = method.fixed or args.normalise == "on"
+    classifier = Classifier(K, network.d, method.fixed, unit, args.E_W, args.E_H)
+    return nn.ModuleDict({"network": network, "classifier": classifier})
 
 
 def learning_rate(epoch: int, args: argparse.Namespace) -> float:
@@ -394,10 +677,10 @@ def train(args, name: str, seed: int, data: Dataset, run: Run, device: torch.dev
                 x = lam[step] * x + (1 - lam[step]) * x[partner[part] - part.start]  # (B, C, H, W)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 h = network(x)
-            h, length = classifier(h), class_length(a, K) if weighed else None
-            loss = loss_of(h, classifier.W, a, length)
+            (h, W), length = classifier(h), class_length(a, K) if weighed else None
+            loss = loss_of(h, W, a, length)
             if method.mixup:  # L = lam L(h, a) + (1 - lam) L(h, b): the losses are mixed, not the targets
-                loss = lam[step] * loss + (1 - lam[step]) * loss_of(h, classifier.W, b, length)
+                loss = lam[step] * loss + (1 - lam[step]) * loss_of(h, W, b, length)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -413,7 +696,7 @@ def train(args, name: str, seed: int, data: Dataset, run: Run, device: torch.dev
         seconds += time.perf_counter() - began
         line = dict(epoch=epoch + 1, lr=learning_rate(epoch, args), loss=float(losses.mean()))
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
-            prediction = evaluate(model, test, args.precision)[1]
+            _, _, prediction = evaluate(model, test, args.precision)
             per_class = accuracy_per_class(prediction, test_y, K)
             line["accuracy"] = float((prediction == test_y).double().mean())
             line |= {group: float(per_class[members].nanmean()) for group, members in groups.items()}
@@ -442,17 +725,17 @@ def draw_lam(alpha: float, n: int, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def evaluate(model: nn.ModuleDict, batches: Batches, precision: str, index: Tensor | None = None):
-    """Features h (N, d) and predicted classes (N,) of the images `index` (all), in order, unaugmented."""
+    """h (N, d), W (K, d) and predictions (N,) for the images `index` (all), in order, unaugmented."""
     model.eval()
     views = batches.views(torch.arange(batches.N) if index is None else index)
     hs, predictions = [], []
     for part in split_evenly(len(views.index), 1000 if batches.H < 64 else 100):
         with torch.autocast(batches.device.type, torch.bfloat16, enabled=precision == "bf16"):
             h = model["network"](batches.load(views[part]))
-        hs.append(model["classifier"](h))
-        predictions.append((hs[-1] @ model["classifier"].W.T).argmax(1))
-    measure = metric_device(batches.device)
-    return torch.cat(hs).to(measure), torch.cat(predictions).to(measure)
+        h, W = model["classifier"](h)
+        hs.append(h)
+        predictions.append((h @ W.T).argmax(1))
+    return [v.detach().to(metric_device(batches.device)) for v in (torch.cat(hs), W, torch.cat(predictions))]
 
 
 def probe(y: Tensor, K: int, total: int = 2000) -> Tensor:
@@ -469,8 +752,7 @@ def mean_angle(V: Tensor, classes: Tensor) -> float:
 
 def watch(args, method: Method, model, batches: Batches, data: Dataset, watched: Tensor) -> dict[str, float]:
     """Neural collapse, minority angles and the parts of the gradient, on the watched training images."""
-    h, prediction = evaluate(model, batches, args.precision, watched)
-    W = model["classifier"].W.detach().to(h.device)  # (K, d)
+    h, W, prediction = evaluate(model, batches, args.precision, watched)  # (n, d), (K, d), (n,)
     y, n = data.train_y[watched].to(h.device), data.counts.to(h.device)
     groups, _ = shot_groups(n)
     line = collapse_metrics(h, y, W, prediction, groups["few"])
@@ -501,9 +783,8 @@ def conclude(args, data: Dataset, run: Run, model, batches: Batches, test: Batch
     measure, K = metric_device(batches.device), len(data.classes)
     train_y, test_y = data.train_y.to(measure), data.test_y.to(measure)
     groups, rule = shot_groups(data.counts.to(measure))
-    train_h, train_prediction = evaluate(model, batches, args.precision)
-    test_h, prediction = evaluate(model, test, args.precision)
-    W = model["classifier"].W.detach().to(measure)
+    train_h, W, train_prediction = evaluate(model, batches, args.precision)
+    test_h, _, prediction = evaluate(model, test, args.precision)
     per_class = accuracy_per_class(prediction, test_y, K)
     result = {
         **about,
@@ -541,6 +822,9 @@ def draw_figures(folder: Path, runs: list[Run]) -> list[str]:
     saved = []
 
     def save(name: str, figure: Figure) -> None:
+        for plot in figure.axes:
+            if plot.get_xscale() == "linear":  # epochs and classes are whole numbers
+                plot.xaxis.set_major_locator(MaxNLocator(integer=True))
         write_atomically(folder / name, lambda part: figure.savefig(part, dpi=100))
         saved.append(name)
 
@@ -578,12 +862,13 @@ def draw_figures(folder: Path, runs: list[Run]) -> list[str]:
     grid = figure.subplots(2, len(arrays), squeeze=False)
     for column, (name, a) in zip(grid.T, arrays.items(), strict=True):
         M = np.stack([a["train_h"][a["train_y"] == k].mean(0) for k in range(len(n))])
-        titles = f"{name}: class vectors", "means of features"
-        for plot, V, title in zip(column, (a["W"], M - M.mean(0)), titles, strict=True):
+        for plot, V in zip(column, (a["W"], M - M.mean(0)), strict=True):
             values = cosines(torch.from_numpy(V)).numpy()[np.ix_(order, order)]
             image = plot.imshow(values, cmap="gray_r", interpolation="nearest", vmin=-1, vmax=1)
-            plot.set_title(title, fontsize=10)
-            plot.set(xlabel="class, largest first", ylabel="class, largest first")
+            plot.set(xlabel="class, largest first", yticks=[])
+        column[0].set_title(name)
+    grid[0, 0].set(ylabel="class vectors")
+    grid[1, 0].set(ylabel="means of features")
     figure.colorbar(image, ax=grid, label="cosine")
     save("class_vectors.png", figure)
 
@@ -611,7 +896,7 @@ def draw_figures(folder: Path, runs: list[Run]) -> list[str]:
         for name in by_method:
             curve(plot, name, *history(name, key))
         plot.set(xlabel="epoch", title=title, yscale="log" if key == "nc1" else "linear")
-    figure.axes[0].legend()
+    figure.legend(*plot.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     save("neural_collapse.png", figure)
 
     # What moves a feature and a class vector: pull and push, for head and tail classes
@@ -624,6 +909,7 @@ def draw_figures(folder: Path, runs: list[Run]) -> list[str]:
             ):
                 x, y = history(name, f"{part}_{on}_{group}")
                 if len(x):
+                    y[y == 0] = np.nan  # features behind a ReLU can all be zero in the first epochs
                     plot.plot(x, y, ls=ls, color=shade, label=f"{part}, the {group}")
             plot.set(yscale="log")
         if METHODS[name].fixed:
@@ -647,7 +933,7 @@ def results_table(runs: list[Run]) -> str:
             cells = [mean_std([r[key] for r in found], 2, 100) for key in percent]
             cells += [mean_std([r[key] for r in found], 3) for key in ("minority_cosine_W", "nc1", "nc3")]
             rows.append([name, len(found), *cells, f"{np.mean([r['seconds'] for r in found]):.0f}"])
-    header = ["method", "seeds", "accuracy %", "best %", "many %", "medium %", "few %", "training images %"]
+    header = ["method", "seeds", "accuracy %", "best %", "many %", "medium %", "few %", "training %"]
     return table([*header, "minority cos", "NC1", "NC3", "train s"], rows)
 
 
@@ -673,7 +959,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--data-dir", type=Path, default="data", help="where NAME.npz is kept and downloads go")
     add("--out", type=Path, default="runs", help="run folders go to OUT/etf_dr/DATASET/METHOD/seedS")
     add("--method", nargs="+", default=list(METHODS), choices=[*METHODS, "all"], help="one or more")
-    add("--epochs", type=int, help="200; folder 90, fashionmnist 100, mnist 40, digits 30")
+    add("--epochs", type=int, help="200; folder 90, fashionmnist 100, mnist 40, digits 20")
     add("--batch-size", type=int, help="128; folder 256, digits 32")
     add("--lr", type=float, default=0.1, help="peak learning rate")
     add("--weight-decay", type=float, default=2e-4, help="on all parameters")
@@ -693,13 +979,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--network", choices=["auto", "resnet32", "resnet50"], default="auto", help="50 for folder:, else 32")
     add("--width", type=int, help="of ResNet-32: channels times this, d = 64 times this; cifar100 2, else 1")
     add("--project", type=int, default=0, help="d of one more layer, Linear and ReLU, after the network")
-    add("--E-W", type=float, default=1.0, help="squared length of the fixed class vectors")
-    add("--E-H", type=float, default=1.0, help="squared length of the features they meet")
+    add(
+        "--E-W",
+        type=float,
+        default=1.0,
+        help="squared length of the class vectors, where they have one length",
+    )
+    add("--E-H", type=float, default=1.0, help="squared length of the features there")
     lengths = "dr: lengths sqrt(gamma / n_k) in each batch, the released default: inverse-frequency weights"
     add("--class-length", choices=["on", "off"], default="on", help=lengths)
     add("--reweight", choices=["on", "off"], default="off", help="ce: the same weights for its samples")
+    norms = "ce, ce+mixup: BatchNorm and the lengths of --E-H and --E-W, as with a fixed classifier"
+    add("--normalise", choices=["on", "off"], default="off", help=norms)
     add("--alpha", type=float, default=1.0, help="lam ~ Beta(alpha, alpha) for Mixup")
-    add("--eval-every", type=int, default=1, help="epochs from test to test; the last is always tested")
+    add("--eval-every", type=int, default=2, help="epochs from test to test; the last is always tested")
     args = parser.parse_args(argv)
 
     base = args.dataset.partition(":")[0].removesuffix("lt")
