@@ -58,7 +58,7 @@ def simplex_etf(K: int, d: int, generator: torch.Generator | None = None) -> Ten
 
     The paper's sqrt(K/(K-1)) P (I - 11^T/K), P (d, K) orthonormal, needs d >= K; K vectors at equal angles
     span K - 1 dimensions only, and d >= K - 1 is enough here. The released P comes from a QR of uniform
-    numbers, ours of Gaussian ones, so that every rotation is as likely. Raises UserError for d < K - 1.
+    numbers, ours of Gaussian ones. Raises UserError for d < K - 1, where none exists.
     """
     if K < 2 or d < K - 1:
         raise UserError(
