@@ -501,15 +501,20 @@ def task_accuracies(z: Tensor, y: Tensor, task: Tensor) -> tuple[Tensor, Tensor]
     return right[0] / images, right[1] / images
 
 
+def average_so_far(R: Tensor) -> Tensor:
+    """Accuracy over the tasks learned so far, after each: 1/(i+1) sum_{j<=i} R[i, j], (T,)."""
+    return torch.stack([R[i, : i + 1].nanmean() for i in range(len(R))])
+
+
 def stream_metrics(R: Tensor) -> dict[str, float]:
     """Summary of an accuracy matrix R (T, T): R[i, j] is the accuracy on task j after training on task i.
 
     average             A = 1/T sum_j R[T-1, j], over all tasks at the end of the stream
-    stream_average      mean over i of the average over the tasks seen so far, 1/(i+1) sum_{j<=i} R[i, j]
+    stream_average      mean of average_so_far(R)
     forgetting          1/(T-1) sum_{j<T-1} (max_{j<=i<T-1} R[i, j] - R[T-1, j])     Chaudhry et al. 2018
     backward_transfer   1/(T-1) sum_{j<T-1} (R[T-1, j] - R[j, j])                    Lopez-Paz, Ranzato 2017
-    Forgetting's maximum leaves out the last row, so it may be negative, and the rows before task j is learned,
-    which are chance. A joint run has one row, (1, T): only its average is defined, the rest is nan. Tasks
+    Forgetting's maximum leaves out the last row, so forgetting may be negative, and the rows before task j is
+    learned, which hold chance. A joint run has one row, (1, T): it has an average, the rest is nan. Tasks
     without test images (nan) are left out of every mean.
     """
     R, nan = R.double(), float("nan")
@@ -518,20 +523,12 @@ def stream_metrics(R: Tensor) -> dict[str, float]:
     result |= {"forgetting": nan, "backward_transfer": nan}
     if rows != T:
         return result
-    result["stream_average"] = float(torch.stack([R[i, : i + 1].nanmean() for i in range(T)]).nanmean())
+    result["stream_average"] = float(average_so_far(R).nanmean())
     if T > 1:
         old = range(T - 1)
         result["forgetting"] = float(torch.stack([R[j:-1, j].max() - R[-1, j] for j in old]).nanmean())
         result["backward_transfer"] = float(torch.stack([R[-1, j] - R[j, j] for j in old]).nanmean())
     return result
-
-
-def forgetting_curve(R: Tensor) -> Tensor:
-    """Accuracy on a task by the number of tasks learned since, averaged over tasks: (T,) from R (T, T).
-
-    Entry s is the mean of R[j + s, j] over j < T - s: fewer tasks are that old at its end.
-    """
-    return torch.stack([R.diagonal(-s).nanmean() for s in range(len(R))])
 
 
 def cosines(V: Tensor) -> Tensor:
