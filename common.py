@@ -402,6 +402,24 @@ class ClassCycles:
         self.order, self.position = state["order"].clone(), state["position"].clone()
 
 
+def split_tasks(K: int, tasks: int, order_seed: int | None = None) -> Tensor:
+    """Which task of a class-incremental stream each class comes in: (K,) int64, values 0 to tasks - 1.
+
+    Classes in label order, or shuffled by order_seed, are cut into consecutive tasks of K / tasks classes;
+    sizes differ by at most one where that is no integer. The images of task t are those with task[y] == t.
+    Raises UserError unless every task gets a class.
+    """
+    if not 1 <= tasks <= K:
+        raise UserError(f"--tasks {tasks}: expected 1 to {K}, the number of classes")
+    order = torch.arange(K)
+    if order_seed is not None:
+        order = torch.randperm(K, generator=torch.Generator().manual_seed(order_seed))
+    task = torch.empty(K, dtype=torch.long)
+    for t, classes in enumerate(torch.tensor_split(order, tasks)):
+        task[classes] = t
+    return task
+
+
 class Views(NamedTuple):
     """T draws of images and the crop and mirror each one gets, all (T,) on the loader's device."""
 
@@ -511,6 +529,51 @@ def expected_calibration_error(probability: Tensor, y: Tensor, bins: int = 15) -
     which = (confidence * bins).ceil().long().clamp(1, bins) - 1  # bins are (0, 1/b], (1/b, 2/b], ...
     gap = torch.zeros(bins, dtype=torch.float64, device=y.device).index_add_(0, which, right - confidence)
     return float(gap.abs().sum() / len(y))
+
+
+def task_accuracies(z: Tensor, y: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:
+    """Accuracy on each task of a stream, (T,) float64 twice: class-IL and task-IL (van de Ven, Tolias 2019).
+
+    class-IL: argmax over all K logits z (N, K). task-IL: the test says which task an image is from, so argmax
+    over the classes of its own task. task (K,) as from split_tasks; nan for a task without test images.
+    """
+    task = task.to(z.device)
+    which = task[y]  # (N,)
+    own = z.masked_fill(which[:, None] != task, -torch.inf)
+    T = int(task.max()) + 1
+    images = torch.bincount(which, minlength=T)
+    right = [torch.bincount(which[score.argmax(1) == y], minlength=T).double() for score in (z, own)]
+    return right[0] / images, right[1] / images
+
+
+def average_so_far(R: Tensor) -> Tensor:
+    """Accuracy over the tasks learned so far, after each: 1/(i+1) sum_{j<=i} R[i, j], (T,)."""
+    return torch.stack([R[i, : i + 1].nanmean() for i in range(len(R))])
+
+
+def stream_metrics(R: Tensor) -> dict[str, float]:
+    """Summary of an accuracy matrix R (T, T): R[i, j] is the accuracy on task j after training on task i.
+
+    average             A = 1/T sum_j R[T-1, j], over all tasks at the end of the stream
+    stream_average      mean of average_so_far(R)
+    forgetting          1/(T-1) sum_{j<T-1} (max_{j<=i<T-1} R[i, j] - R[T-1, j])     Chaudhry et al. 2018
+    backward_transfer   1/(T-1) sum_{j<T-1} (R[T-1, j] - R[j, j])                    Lopez-Paz, Ranzato 2017
+    Forgetting's maximum leaves out the last row, so forgetting may be negative, and the rows before task j is
+    learned, which hold chance. A joint run has one row, (1, T): it has an average, the rest is nan. Tasks
+    without test images (nan) are left out of every mean.
+    """
+    R, nan = R.double(), float("nan")
+    rows, T = R.shape
+    result = {"average": float(R[-1].nanmean()), "stream_average": nan}
+    result |= {"forgetting": nan, "backward_transfer": nan}
+    if rows != T:
+        return result
+    result["stream_average"] = float(average_so_far(R).nanmean())
+    if T > 1:
+        old = range(T - 1)
+        result["forgetting"] = float(torch.stack([R[j:-1, j].max() - R[-1, j] for j in old]).nanmean())
+        result["backward_transfer"] = float(torch.stack([R[-1, j] - R[j, j] for j in old]).nanmean())
+    return result
 
 
 def cosines(V: Tensor) -> Tensor:
