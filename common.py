@@ -594,6 +594,34 @@ def collapse_metrics(h: Tensor, y: Tensor, W: Tensor, prediction: Tensor, few: T
     }
 
 
+def zero_mean_metrics(means: Tensor, W: Tensor | None = None) -> dict[str, float]:
+    """Zero-mean neural collapse (ZNC): NC2 and NC3 with the origin in the place of the global mean.
+
+    means (K, d) class means, not centred, W (K, d) class vectors or None. All are 0 where the means have one
+    length, are orthogonal and point along W, as under a fixed non-negative orthogonal classifier:
+        znc_equinorm       std / mean of the means' norms (population std)
+        znc_mean_cosine    mean over pairs of |cos|; znc_max_cosine: the largest
+        znc_alignment      ||W/||W||_F - M/||M||_F||_F^2, in [0, 4]; only where W is given
+    Centre and target are those of the thesis abstract (Kim, part 2); its released code (znc_utils.py) has the
+    same formulas, but for the signed mean of the cosines, in which they cancel. A mean at the origin has no
+    angle: the cosines are nan then. Raises ValueError for fewer than two classes.
+    """
+    M = means.double()
+    K = len(M)
+    if K < 2:
+        raise ValueError(f"zero_mean_metrics: {K} class, and an angle needs two")
+    norm = M.norm(dim=1)
+    # cosines of a zero row would be 0, which is the target: a mean at the origin must not look like success
+    C = (cosines(M) / (norm > 0).double()[:, None]).abs()  # 0 / 0 = nan
+    off = C[~torch.eye(K, dtype=torch.bool, device=M.device)]  # (K * (K - 1),)
+    result = {
+        "znc_equinorm": float(norm.std(correction=0) / norm.mean()),
+        "znc_mean_cosine": float(off.mean()),
+        "znc_max_cosine": float(off.max()),
+    }
+    return result if W is None else {**result, "znc_alignment": self_duality(W, M)}
+
+
 # %% ----------------------------------------------------------------------------------------------- Record
 
 
