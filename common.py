@@ -4,7 +4,7 @@
 
 Three parts, each under its own banner:
     Data      load_dataset -> Dataset (uint8, in memory); long tails; sampling orders; Batches, the loader
-    Metrics   accuracy by class and by class size, calibration, neural-collapse statistics in one pass
+    Metrics   accuracy by class and by class size, calibration, neural collapse in one pass, clustering
     Record    the run folder: config, metrics by epoch, checkpoint, result, features
 
 Symbols, here and in every script: K classes, d feature dimension, N samples, B batch, n_k images of class k,
@@ -316,6 +316,51 @@ def long_tail_subset(y: Tensor, K: int, imbalance: float, profile: str = "exp", 
     return torch.cat(subset)
 
 
+SUPERCLASSES = {  # CIFAR-100's twenty, of five classes each
+    "aquatic mammals": "beaver dolphin otter seal whale",
+    "fish": "aquarium_fish flatfish ray shark trout",
+    "flowers": "orchid poppy rose sunflower tulip",
+    "food containers": "bottle bowl can cup plate",
+    "fruit and vegetables": "apple mushroom orange pear sweet_pepper",
+    "household electrical devices": "clock keyboard lamp telephone television",
+    "household furniture": "bed chair couch table wardrobe",
+    "insects": "bee beetle butterfly caterpillar cockroach",
+    "large carnivores": "bear leopard lion tiger wolf",
+    "large man-made outdoor things": "bridge castle house road skyscraper",
+    "large natural outdoor scenes": "cloud forest mountain plain sea",
+    "large omnivores and herbivores": "camel cattle chimpanzee elephant kangaroo",
+    "medium-sized mammals": "fox porcupine possum raccoon skunk",
+    "non-insect invertebrates": "crab lobster snail spider worm",
+    "people": "baby boy girl man woman",
+    "reptiles": "crocodile dinosaur lizard snake turtle",
+    "small mammals": "hamster mouse rabbit shrew squirrel",
+    "trees": "maple_tree oak_tree palm_tree pine_tree willow_tree",
+    "vehicles 1": "bicycle bus motorcycle pickup_truck train",
+    "vehicles 2": "lawn_mower rocket streetcar tank tractor",
+}
+
+
+def coarse_labels(classes: tuple[str, ...], grouping: str) -> tuple[Tensor, tuple[str, ...]]:
+    """The coarse label of each of K classes, (K,), and the coarse classes' names; coarse_labels(...)[0][y].
+
+    pairs:         class k with class k + K/2, so that coarse = k mod K/2; on CIFAR-10 airplane and dog, ...
+    superclasses:  the twenty of CIFAR-100, found by the classes' names
+    Raises UserError for an odd K, and for superclasses of anything else than CIFAR-100's classes.
+    """
+    K = len(classes)
+    if grouping == "pairs":
+        if K % 2 or K < 4:
+            raise UserError(f"--coarse pairs: {K} classes; expected an even number of them, 4 or more")
+        names = tuple(f"{a}+{b}" for a, b in zip(classes[: K // 2], classes[K // 2 :], strict=True))
+        return torch.arange(K) % (K // 2), names
+    if grouping != "superclasses":
+        raise UserError(f"--coarse {grouping}: expected pairs or superclasses")
+    coarse = {name: i for i, members in enumerate(SUPERCLASSES.values()) for name in members.split()}
+    if set(classes) != set(coarse):
+        raise UserError("--coarse superclasses: only CIFAR-100 has them; use --coarse pairs")
+    return torch.tensor([coarse[name] for name in classes]), tuple(SUPERCLASSES)
+
+
 class ClassCycles:
     """Images of each class in shuffled cycles: none comes again before every other of its class has come.
 
@@ -489,9 +534,10 @@ def mean_pairwise_cosine(V: Tensor, classes: Tensor) -> float:
 class CollapseStatistics:
     """Neural-collapse statistics of features in one pass, for any batch order and size.
 
-    Keeps counts n_k (K,), means M (K, d) and the pooled within-class scatter (d, d), float64, and merges
-    each batch by Chan's update: every increment is positive semi-definite, so nothing cancels, and a spread
-    of 1e-7 around features of norm 100 is still right. (sum h h^T - sum n_k mu mu^T would be noise there.)
+    Keeps counts n_k (K,), means M (K, d), the pooled within-class scatter (d, d) and each class's share of
+    its trace (K,), float64, and merges each batch by Chan's update: every increment is positive
+    semi-definite, so nothing cancels, and a spread of 1e-7 around features of norm 100 is still right.
+    (There, sum h h^T - sum n_k mu mu^T would be noise.)
 
         Sigma_W = 1/N sum_i (h_i - mu_y)(h_i - mu_y)^T      pooled over samples
         Sigma_B = 1/K sum_k (mu_k - mu_G)(mu_k - mu_G)^T     mu_G = mean of the class means
@@ -504,6 +550,7 @@ class CollapseStatistics:
         self.count = torch.zeros(K, dtype=torch.float64, device=self.device)
         self.mean = torch.zeros(K, d, dtype=torch.float64, device=self.device)
         self.scatter = torch.zeros(d, d, dtype=torch.float64, device=self.device)
+        self.square = torch.zeros(K, dtype=torch.float64, device=self.device)  # sum of ||h - mu_k||^2
 
     def update(self, h: Tensor, y: Tensor) -> None:
         """Add a batch of features h (B, d) with labels y (B,)."""
@@ -516,34 +563,139 @@ class CollapseStatistics:
         shift = (mean - self.mean) * (m > 0)[:, None]  # (K, d)
         # S += Z^T Z + sum_k n_k m_k / (n_k + m_k) (mean_k - mu_k)(mean_k - mu_k)^T
         self.scatter += within.T @ within + shift.T @ (shift * (self.count * m / total)[:, None])
+        self.square.index_add_(0, y, within.square().sum(1))
+        self.square += shift.square().sum(1) * self.count * m / total
         self.mean += shift * (m / total)[:, None]
         self.count += m
 
-    def centred_means(self) -> Tensor:
-        """mu_k - mu_G, (K, d). Raises ValueError where a class has no sample."""
+    def means(self) -> Tensor:
+        """mu_k, (K, d). Raises ValueError where a class has no sample."""
         if (self.count == 0).any():
             raise ValueError(f"class {int(self.count.argmin())} has no sample")
-        return self.mean - self.mean.mean(0)
+        return self.mean
 
-    def nc1(self) -> tuple[float, int]:
+    def centred_means(self) -> Tensor:
+        """mu_k - mu_G, (K, d). Raises ValueError where a class has no sample."""
+        return self.means() - self.mean.mean(0)
+
+    def within(self, P: Tensor) -> Tensor:
+        """The within-class scatter along the rows of P (r, d): p^T S p for each, (r,) float64."""
+        return ((P @ self.scatter) * P).sum(1)
+
+    def nc1(self, centred: bool = True) -> tuple[float, int]:
         """NC1 = tr(Sigma_W pinv(Sigma_B)) / K, and the rank of Sigma_B that was kept (K - 1 if all is well).
 
         By the K x K Gram matrix of the scaled means, G = M~ M~^T = U diag(l) U^T, M~ = (mu_k - mu_G)/sqrt(K):
             tr(Sigma_W pinv(Sigma_B)) = sum_{l_r > tol} l_r^-2 u_r^T (M~ Sigma_W M~^T) u_r
         so no d x d inverse is needed and K > d works. Two class means that (nearly) coincide give an l_r near
         0; the cut-off drops it, NC1 jumps, and only the rank tells. nan where no mean differs (rank 0).
+        Papyan et al.'s notebook does not divide by K. It is blind to spread outside the span of the centred
+        means: report trace_ratio or cdnv beside it. centred=False: ZNC1, mu_G = 0 and rank K.
         """
         K, d = self.mean.shape
-        M = self.centred_means() / K**0.5
+        M = (self.centred_means() if centred else self.means()) / K**0.5
         values, U = torch.linalg.eigh(M @ M.T)
         # What rounding leaves where nothing differs: some eps of the largest eigenvalue, and the means' own
         # errors, some eps of their length. (Without the second, K equal means would give 1e30, not nan.)
         eps = torch.finfo(torch.float64).eps
         keep = values > max(K, d) * eps * values[-1] + (1000 * eps * self.mean.norm(dim=1).max()) ** 2
         P = U[:, keep].T @ M  # (rank, d)
-        A = ((P @ self.scatter) * P).sum(1) / self.count.sum()  # u_r^T M~ Sigma_W M~^T u_r
+        A = self.within(P) / self.count.sum()  # u_r^T M~ Sigma_W M~^T u_r
         rank = int(keep.sum())
         return (float((A / values[keep] ** 2).sum() / K) if rank else float("nan")), rank
+
+    def trace_ratio(self) -> float:
+        """tr(Sigma_W) / tr(Sigma_B): spread in every direction counts. inf where no mean differs.
+
+        (`quotient` in the neural-collapse package, there with other weights under imbalance.)
+        """
+        between = self.centred_means().square().sum() / len(self.count)
+        return float(self.square.sum() / self.count.sum() / between)
+
+    def cdnv(self) -> float:
+        """Class-distance normalised variance (Galanti et al. 2022): mean over pairs of classes of
+
+            (v_i + v_j) / (2 ||mu_i - mu_j||^2)        v_k = mean of ||h - mu_k||^2 over class k
+
+        inf where two class means are equal (nan if neither class has any spread).
+        """
+        v, M = self.square / self.count, self.means()
+        i, j = torch.triu_indices(len(M), len(M), 1, device=M.device)
+        return float(((v[i] + v[j]) / (2 * distances(M)[i, j].square())).mean())
+
+    def vci(self) -> float:
+        """Variability collapse index (Xu & Liu 2023): 1 - tr(pinv(Sigma_W + Sigma_B) Sigma_B) / min(d, K-1).
+
+        From 0, collapsed, to 1; any invertible linear map of the features leaves it as it is.
+        """
+        M = self.centred_means()
+        K, d = M.shape
+        between = M.T @ M / K  # (d, d)
+        total = self.scatter / self.count.sum() + between
+        explained = torch.linalg.pinv(total, hermitian=True) @ between
+        return float(1 - explained.trace() / min(d, K - 1))
+
+    def class_distances(self) -> Tensor:
+        """D_ij = mean squared distance between a sample of class i and one of class j, (K, K) float64.
+
+        = v_i + v_j + ||mu_i - mu_j||^2; on the diagonal over distinct samples, 2 v_i n_i / (n_i - 1), nan for
+        a class of one sample. No pair of samples is visited. (Diagnostic of Yang, Steinhardt & Hu 2023, whose
+        formula we did not see.)
+        """
+        v, M = self.square / self.count, self.means()
+        D = v[:, None] + v + distances(M).square()
+        own = 2 * self.square / (self.count - 1)  # 0 / 0 = nan
+        return D.diagonal_scatter(own)
+
+
+class StoredStatistics(CollapseStatistics):
+    """CollapseStatistics of features all in memory: O(N d K), not O(N d^2), without the (d, d) scatter.
+
+    h (N, d), y (N,). NC1 needs the spread along K - 1 directions only, and once the means are known these are
+    too: a second sweep projects h - mu_y onto them. Products are in the features' own precision, float32 or
+    better, sums in float64. No precision is lost where it matters: the means are summed in float64, and the
+    difference of two close float32 numbers is exact. No vci(), which needs the whole scatter.
+    """
+
+    def __init__(self, h: Tensor, y: Tensor, K: int):
+        self.device = metric_device(h.device)
+        h, self.y = h.detach().to(self.device), y.to(self.device)
+        self.h = h if h.dtype in (torch.float32, torch.float64) else h.float()
+        self.parts = split_evenly(len(h), 1024)  # rows that stay in the cache between the steps
+        self.count = torch.bincount(self.y, minlength=K).double()
+        self.mean = torch.zeros(K, h.shape[1], dtype=torch.float64, device=self.device)
+        for part in self.parts:
+            self.mean.index_add_(0, self.y[part], self.h[part].double())
+        self.mean /= self.count.clamp_min(1)[:, None]
+        # differences are taken from the means as the features' type rounds them, c; what is left, mu - c, is
+        # far below the spread and is put right below:  sum (h - mu)^2 = sum (h - c)^2 - n (mu - c)^2
+        self.near = self.mean.to(self.h.dtype)  # c
+        self.rest = self.mean - self.near.double()
+        self.square = torch.zeros(K, dtype=torch.float64, device=self.device)
+        for part in self.parts:
+            z = self.h[part] - self.near[self.y[part]]  # (B, d)
+            self.square.index_add_(0, self.y[part], z.square().sum(1).double())
+        self.square = (self.square - self.count * self.rest.square().sum(1)).clamp_min(0)
+
+    def update(self, h: Tensor, y: Tensor) -> None:
+        raise TypeError("StoredStatistics takes all features at once; CollapseStatistics takes batches")
+
+    def within(self, P: Tensor) -> Tensor:
+        Q = P.T.to(self.h.dtype)  # (d, r)
+        total = torch.zeros(P.shape[0], dtype=torch.float64, device=self.device)
+        for part in self.parts:
+            b = (self.h[part] - self.near[self.y[part]]) @ Q  # (B, r)
+            total += b.double().square().sum(0)
+        return (total - (self.count[:, None] * (self.rest @ P.T).square()).sum(0)).clamp_min(0)
+
+
+def distances(V: Tensor) -> Tensor:
+    """Pairwise distances of the rows of V, (K, d) -> (K, K) float64, by subtraction.
+
+    sqrt(|a|^2 + |b|^2 - 2 a.b) would round the distance of two close vectors to 0, or to nan.
+    """
+    V = V.double()
+    return torch.cdist(V, V, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def equinorm(V: Tensor) -> float:
@@ -563,6 +715,19 @@ def self_duality(W: Tensor, M: Tensor) -> float:
     """NC3: ||W/||W||_F - M/||M||_F||_F^2 for class vectors W and centred means M, both (K, d); in [0, 4]."""
     W, M = W.double().to(M.device), M.double()
     return float((W / W.norm() - M / M.norm()).square().sum())
+
+
+def simplex_etf_distance(V: Tensor, U: Tensor | None = None) -> float:
+    """||A/||A||_F - E||_F, A = V U^T (U = V if not given), E = (I - 11^T/K) / sqrt(K-1) an ETF's Gram matrix.
+
+    V, U (K, d). NC2 in one number, lengths and angles together, of class vectors (Zhu et al. 2021; tding1's
+    code) or centred means (neural-collapse package); with V = W and U = M centred it is their NC3.
+    """
+    V = V.double()
+    A = V @ (V if U is None else U.double().to(V.device)).T
+    K = len(A)
+    E = (torch.eye(K, dtype=A.dtype, device=A.device) - 1 / K) / (K - 1) ** 0.5
+    return float((A / A.norm() - E).norm())
 
 
 def nearest_mean_mismatch(h: Tensor, prediction: Tensor, M: Tensor) -> float:
@@ -620,6 +785,132 @@ def zero_mean_metrics(means: Tensor, W: Tensor | None = None) -> dict[str, float
         "znc_max_cosine": float(off.max()),
     }
     return result if W is None else {**result, "znc_alignment": self_duality(W, M)}
+
+
+# Generalized neural collapse (GNC, Liu et al. 2023): for any K and d the directions are spread as evenly as
+# they can be, of which the simplex ETF is the case K <= d + 1. All below take the rows' directions only.
+
+
+def riesz_energy(V: Tensor, s: float = 0.0) -> float:
+    """Mean over pairs of the kernel sign(s) r^-s, or log(1/r) for s = 0; r = ||v_i - v_j|| of unit rows.
+
+    V (K, d). Lower is more uniform; inf where two directions are equal. Simplex: r^2 = 2K/(K-1). The package's
+    s = d - 2 underflows for d = 512: take s = 0, 1 or 2. A sum over ordered pairs is K (K - 1) times this.
+    """
+    r = distances(torch.nn.functional.normalize(V.double(), dim=1))
+    i, j = torch.triu_indices(len(r), len(r), 1, device=r.device)
+    r = r[i, j]
+    return float((-r.log() if s == 0 else r**-s * (1 if s > 0 else -1)).mean())
+
+
+def _angles(V: Tensor) -> Tensor:
+    """Angles in degrees between all pairs of rows of V (K, d), (K (K-1) / 2,)."""
+    V = torch.nn.functional.normalize(V.double(), dim=1)
+    i, j = torch.triu_indices(len(V), len(V), 1, device=V.device)
+    # angle = 2 atan(||a - b|| / ||a + b||): acos loses half of the digits at 0 and 180 degrees
+    return torch.rad2deg(2 * torch.atan2(distances(V)[i, j], (V[i] + V[j]).norm(dim=1)))
+
+
+def smallest_angle(V: Tensor) -> float:
+    """Smallest angle between two rows of V (K, d), in degrees; arccos(-1/(K-1)) for a simplex ETF."""
+    return float(_angles(V).min())
+
+
+def minority_angle(V: Tensor, classes: Tensor) -> float:
+    """Mean angle between the rows `classes` of V, in degrees; 0 at minority collapse. nan for < 2."""
+    return float(_angles(V[classes]).mean()) if len(classes) > 1 else float("nan")
+
+
+def one_vs_rest_distance(V: Tensor, tolerance: float = 1e-8, steps: int = 5000) -> tuple[Tensor, Tensor]:
+    """Distance of each row's direction from the convex hull of the others', and how far off it is at most.
+
+    V (K, d) -> (K,), (K,) float64. Jiang et al. 2024: the margin max_h min_j <w_k - w_j, h> over unit h, by
+    duality this distance. K/(K-1) for K <= d + 1 at best, 1 for d + 2 <= K <= 2d, 1 - cos(2 pi/K) for d = 2.
+    min_a 1/2 ||v_k - sum_j a_j v_j||^2 over weights a by FISTA with restarts, all k at once. Its residual u
+    certifies it: ||u|| is above the distance, and min_j <v_k - v_j, u/||u||> is below it.
+    """
+    V = torch.nn.functional.normalize(V.double(), dim=1)
+    K, device = len(V), V.device
+    if K < 2:
+        raise ValueError(f"one_vs_rest_distance: {K} class has no rest")
+    off = ~torch.eye(K, dtype=torch.bool, device=device)
+    G = V @ V.T
+    step = 1 / torch.linalg.eigvalsh(G)[-1]
+    rank = torch.arange(1, K, device=device)
+
+    def project(X):  # rows of X (K, K-1) onto the simplex: subtract the level at which the rest sums to 1
+        top = X.sort(1, descending=True).values
+        level = (top.cumsum(1) - 1) / rank
+        last = (top > level).sum(1, keepdim=True) - 1
+        return (X - level.gather(1, last)).clamp_min(0)
+
+    def whole(X):  # (K, K-1) -> (K, K) with zeros on the diagonal
+        return torch.zeros(K, K, dtype=X.dtype, device=device).masked_scatter_(off, X)
+
+    def bounds(A):
+        U = V - whole(A) @ V  # (K, d) residuals
+        upper = U.norm(dim=1)
+        margin = (U * V).sum(1, keepdim=True) - U @ V.T  # <v_k - v_j, u_k>
+        lower = margin.masked_fill(~off, float("inf")).amin(1) / upper.clamp_min(1e-300)
+        return upper, lower.clamp_min(0).minimum(upper)
+
+    A = Y = torch.full((K, K - 1), 1 / (K - 1), dtype=torch.float64, device=device)
+    t = torch.ones(K, 1, dtype=torch.float64, device=device)
+    for i in range(steps):
+        gradient = (whole(Y) @ G - G)[off].view(K, K - 1)
+        new = project(Y - step * gradient)
+        uphill = ((Y - new) * (new - A)).sum(1, keepdim=True) > 0  # momentum points the wrong way: restart
+        t_new = torch.where(uphill, 1.0, (1 + (1 + 4 * t**2).sqrt()) / 2)
+        Y = torch.where(uphill, new, new + (t - 1) / t_new * (new - A))
+        A, t = new, t_new
+        if i % 25 == 24:
+            upper, lower = bounds(A)
+            if (upper - lower).max() <= tolerance:
+                break
+    upper, lower = bounds(A)
+    return upper, upper - lower
+
+
+def generalized_metrics(V: Tensor) -> dict[str, float]:
+    """GNC2 of class vectors or centred means V (K, d): energies, smallest angle and distance."""
+    distance, gap = one_vs_rest_distance(V)
+    worst = distance.argmin()
+    return {
+        "gnc_log_energy": riesz_energy(V, 0),
+        "gnc_riesz1_energy": riesz_energy(V, 1),
+        "gnc_riesz2_energy": riesz_energy(V, 2),
+        "gnc_smallest_angle": smallest_angle(V),
+        "gnc_one_vs_rest": float(distance[worst]),
+        "gnc_one_vs_rest_gap": float(gap[worst]),
+    }
+
+
+def gnc3(W: Tensor, M: Tensor) -> float:
+    """GNC3: mean over classes of 1 - cos(w_k, mu_k - mu_G); class vectors and centred means, (K, d)."""
+    W, M = (torch.nn.functional.normalize(V.double(), dim=1).to(M.device) for V in (W, M))
+    return float(1 - (W * M).sum(1).mean())
+
+
+def clustering_agreement(cluster, y) -> dict[str, float]:
+    """How well clusters (N,) agree with classes y (N,); all 1 for the same partition, whatever the numbering.
+
+    purity: share of samples in the majority class of their cluster; nmi: mutual information over the mean of
+    the entropies; ari: Rand index, 0 by chance; matched: share right under the best one-to-one assignment of
+    clusters to classes (Hungarian).
+    """
+    from scipy.optimize import linear_sum_assignment
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+    from sklearn.metrics.cluster import contingency_matrix
+
+    cluster, y = np.asarray(cluster), np.asarray(y)
+    table = contingency_matrix(y, cluster)  # (classes, clusters)
+    best = table[linear_sum_assignment(table, maximize=True)].sum()
+    return {
+        "purity": float(table.max(0).sum() / len(y)),
+        "nmi": float(normalized_mutual_info_score(y, cluster)),
+        "ari": float(adjusted_rand_score(y, cluster)),
+        "matched": float(best / len(y)),
+    }
 
 
 # %% ----------------------------------------------------------------------------------------------- Record
