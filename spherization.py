@@ -182,7 +182,8 @@ def angles(x: Tensor) -> Tensor:
 class MatrixForm(nn.Module):
     """The layer as published, with matrices of O(n^2): to compare with. z (B, n) -> x (B, n+1).
 
-    theta = W_theta phi repeats the last angle;  x = r exp(W_phi^T log(|sin theta| + e) + log(|cos(theta + b)| + e))
+    theta = W_theta^T phi repeats the last angle
+    x = r exp(W_phi^T log(|sin theta| + e) + log(|cos(theta + b)| + e))
     W_phi: ones above the diagonal, but 0 at [n-1, n]; b = (0, ..., 0, -pi/2); pi is cut to 3.141592 there.
     """
 
@@ -232,7 +233,7 @@ def overlap(h: Tensor, y: Tensor, norm_gap: float) -> tuple[Tensor, Tensor]:
 
 
 def draw_episodes(y: Tensor, E: int, way: int, images: int, generator: torch.Generator) -> Tensor:
-    """E episodes of `way` classes with `images` images each: indices into y, (E, way, images); no image twice."""
+    """E episodes of `way` classes, `images` images each: indices into y (E, way, images), none twice."""
     members = [(y == k).nonzero().flatten() for k in y.unique()]
     episodes = torch.empty(E, way, images, dtype=torch.long)
     for episode in episodes:
@@ -297,14 +298,20 @@ def layer_peeled(K: int, n: int, lam: float, spherized: bool, seed: int = 0):
     return W, unpack(W, q, b)[1], unpack(W, q, b)[0], loss(W, q, b).item()
 
 
+def class_means(h: Tensor, y: Tensor, K: int) -> Tensor:
+    """M (K, d), float64, of features h (N, d) with labels y (N,); zero for a class without samples."""
+    M = torch.zeros(K, h.shape[1], dtype=torch.float64, device=h.device).index_add_(0, y, h.double())
+    return M / torch.bincount(y, minlength=K).clamp_min(1)[:, None]
+
+
 def angle_accuracy(h: Tensor, y: Tensor, M: Tensor) -> float:
     """Share of features h (N, d) whose nearest class mean, by cosine and of M (K, d), is that of y (N,)."""
     nearest = (F.normalize(h.double(), dim=1) @ F.normalize(M.double(), dim=1).T).argmax(1)
     return float((nearest == y).double().mean())
 
 
-def toy(spherized: bool, seed: int) -> tuple[float, Tensor, float]:
-    """Two clusters around (0, 0) and (1, 1), the published toy: accuracy, class means (2, 2), angle between, deg."""
+def toy(spherized: bool, seed: int) -> tuple[float, Tensor]:
+    """The published toy, clusters around (0, 0) and (1, 1): accuracy, and class means (2, 2) of features."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     y = torch.arange(200) // 100
@@ -324,8 +331,7 @@ def toy(spherized: bool, seed: int) -> tuple[float, Tensor, float]:
         h = hidden(first(x))
         M = torch.stack([h[y == k].mean(0) for k in range(2)])
         accuracy = (network(x).argmax(1) == y).double().mean()
-    between = math.degrees(math.acos(min(1.0, float(F.cosine_similarity(M[0], M[1], dim=0)))))
-    return float(accuracy), M, between
+    return float(accuracy), M
 
 
 def synthetic(folder) -> bool:
@@ -352,9 +358,8 @@ def synthetic(folder) -> bool:
         with torch.no_grad():
             x, exact = layer(z), layer(z.double())
         phi = layer.phi_L + (math.pi / 2 - layer.phi_L) * torch.sigmoid(5 * z.double())
-        check(
-            f"n = {n}, float32: norm / radius, farthest from 1", 1, far(x.double().norm(dim=1) / 5, 1), 1e-6
-        )
+        farthest = max((x.double().norm(dim=1) / 5).tolist(), key=lambda length: abs(length - 1))
+        check(f"n = {n}, float32: norm / radius, farthest from 1", 1, farthest, 1e-6)
         check("   angles by atan2, largest error, rad", 0, (angles(x) - phi).abs().max().item(), 1e-5)
         check("   coordinates, largest error against float64", 0, (x - exact).abs().max().item(), 2e-6)
         smallest = (x[:, -1].double().min() / 5 / 1e-6).item()  # the last coordinate is the whole product
@@ -383,22 +388,18 @@ def synthetic(folder) -> bool:
     G = J.T @ J
     check("   largest cosine between two of them", 0, (G - G.diag().diag()).abs().max().item(), 1e-9)
     # without phi_L, z = 0 is pi/4 everywhere: sin^512 = 2^-256 is no float32, and no gradient comes through
-    check(
-        "n = 512, z = 0, no phi_L: product of sines",
-        0,
-        torch.full((512,), math.pi / 4).sin().prod().item(),
-        0,
-    )
+    product = torch.full((512,), math.pi / 4).sin().prod().item()
+    check("n = 512, z = 0, no phi_L: product of sines", 0, product, 0)
 
     # 4. The published toy: both classify; only spherized features all have one length
     found = {kind: [toy(kind, seed) for seed in range(3)] for kind in (False, True)}
-    check("toy, spherized: accuracy, worst of 3 seeds", 1, min(a for a, _, _ in found[True]), 0)
+    check("toy, spherized: accuracy, worst of 3 seeds", 1, min(a for a, _ in found[True]), 0)
     # the cluster around 0 has z = 0 on average: its one angle is (pi/2 + phi_L)/2
-    lean = max(abs(math.degrees(math.atan2(*M[0].flip(0).tolist())) - 45) for _, M, _ in found[True])
+    lean = max(abs(math.degrees(math.atan2(*M[0].flip(0).tolist())) - 45) for _, M in found[True])
     check("   direction of the cluster at the origin off 45 degrees", 0, lean, 0.5)
-    lengths = [abs(M[0].norm() / M[1].norm() - 1).item() for _, M, _ in found[True]]
+    lengths = [abs(M[0].norm() / M[1].norm() - 1).item() for _, M in found[True]]
     check("   lengths of the class means differ by", 0, max(lengths), 5e-3)
-    lengths = [abs(M[0].norm() / M[1].norm() - 1).item() for _, M, _ in found[False]]
+    lengths = [abs(M[0].norm() / M[1].norm() - 1).item() for _, M in found[False]]
     check("toy, sigmoid units: they differ by, at least", 0.05, max(lengths), 0, -1)
 
     # 5. Layer-peeled. Two classes, one ReLU unit, a bias: one class has no feature at all, h_0 = 0.
@@ -406,9 +407,8 @@ def synthetic(folder) -> bool:
     lam, root = 1e-2, math.sqrt(2)
     t = 2 * math.log(root / lam - 1)
     W, b, H, loss = layer_peeled(2, 1, lam, spherized=False)
-    check(
-        "K = 2, one ReLU unit and a bias: loss", math.log1p(math.exp(-t / 2)) + root / 4 * lam * t, loss, 1e-9
-    )
+    least = math.log1p(math.exp(-t / 2)) + root / 4 * lam * t
+    check("K = 2, one ReLU unit and a bias: loss", least, loss, 1e-9)
     check("   norm of the longer feature", math.sqrt(t / root), H.max().item(), 1e-4)
     check("   norm of the shorter one", 0, H.min().item(), 1e-4)
     drawn = {}
@@ -432,12 +432,8 @@ def synthetic(folder) -> bool:
 
     # One picture: both with two coordinates. Six classes by angle and norm, or by angle alone
     figure = Figure(figsize=(7, 3.7), layout="constrained")
-    for ax, key, title in zip(
-        figure.subplots(1, 2),
-        [(2, False), (1, True)],
-        ["two ReLU units, bias", "one angle, no bias"],
-        strict=True,
-    ):
+    titles = {(2, False): "two ReLU units, bias", (1, True): "one angle, no bias"}
+    for ax, (key, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
         H = drawn[key][2]
         for k, (u, v) in enumerate(H.tolist()):
             ax.plot([0, u], [0, v], color="0.8", zorder=1)
@@ -447,11 +443,6 @@ def synthetic(folder) -> bool:
     write_atomically(Path(folder) / "synthetic.png", lambda part: figure.savefig(part, dpi=130))
     print(f"{sum(passed)} of {len(passed)} claims hold; figure: {Path(folder) / 'synthetic.png'}")
     return all(passed)
-
-
-def far(values: Tensor, centre: float) -> float:
-    """The value farthest from the centre."""
-    return values[(values - centre).abs().argmax()].item()
 
 
 # %% [3] Networks
@@ -521,7 +512,7 @@ def build_trunk(args: argparse.Namespace, shape: tuple[int, int, int], n: int) -
 class Head(nn.Module):
     """z (B, n), before any activation -> features h (B, d) and logits (B, K). Always in float32.
 
-    plain: ReLU, linear with bias. projected: the same, h divided by sqrt(||h||^2 + 1e-4). sphere: the layer,
+    plain: ReLU, linear with bias. projected: z / sqrt(||z||^2 + 1e-4), linear with bias. sphere: the layer,
     linear without bias. none: ReLU, linear without bias. cosine, linear, sigmoid: g(theta) of the angles
     between h and the class vectors, so logits of -1 to 1; w-: ||h|| g(theta), only class vectors normalised.
     """
@@ -534,9 +525,12 @@ class Head(nn.Module):
         self.linear = nn.Linear(n + (kind == "sphere"), K, bias=kind in ("plain", "projected"))
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        h = self.sphere(z) if self.kind == "sphere" else self.dropout(F.relu(z))
-        if self.kind == "projected":
-            h = h / (h.square().sum(1, keepdim=True) + 1e-4).sqrt()
+        if self.kind == "sphere":
+            h = self.sphere(z)
+        elif self.kind == "projected":  # no ReLU: two or three units behind it and on a sphere die together
+            h = z / (z.square().sum(1, keepdim=True) + 1e-4).sqrt()
+        else:
+            h = self.dropout(F.relu(z))
         if self.kind in ("plain", "projected", "sphere", "none"):
             return h, self.linear(h)
         cos = F.normalize(h, dim=1) @ F.normalize(self.linear.weight, dim=1).T  # (B, K)
@@ -545,7 +539,7 @@ class Head(nn.Module):
 
 
 class Residual(nn.Module):
-    """A stage of ResNet-12: three 3x3 convolutions, a 1x1 shortcut, a max-pool if the image is large enough."""
+    """A stage of ResNet-12: three 3x3 convolutions, a 1x1 shortcut, a max-pool where there is room for it."""
 
     def __init__(self, channels: int, c: int, pool: bool, activation: nn.Module):
         super().__init__()
@@ -562,10 +556,10 @@ class Residual(nn.Module):
 
 
 def build_backbone(args: argparse.Namespace, shape: tuple[int, int, int], last: str) -> nn.Sequential:
-    """Embedding for prototypes: images (B, C, H, W) -> h (B, d), or pre-activations z for last = sphere, last.
+    """Embedding for prototypes: images (B, C, H, W) -> h (B, d); for `last` and `sphere`, pre-activations z.
 
-    conv4 ends in a max-pool over what is left of the image, h in R^64; instead of it, a convolution of that size and
-    BatchNorm. resnet12 (no DropBlock) ends in ReLU and an average, R^640; instead of its last ReLU, BatchNorm.
+    conv4 ends in a max-pool over what is left of the image, h in R^64, or else in a convolution of that size
+    and BatchNorm. resnet12 (no DropBlock) ends in ReLU and an average, R^640, or has BatchNorm for that ReLU.
     """
     H, W, channels = shape
     layers = []
@@ -598,14 +592,11 @@ class Method(NamedTuple):
     last: str = ""  # few-shot: plain, last or sphere
 
 
-SMALL = {
-    f"{kind}-{d}d": Method(kind, d - (kind == "sphere"))
-    for d in (2, 3)
-    for kind in ("plain", "projected", "sphere")
-}
+HEADS = ("plain", "sphere", "projected")
+SMALL = {f"{kind}-{d}d": Method(kind, d - (kind == "sphere")) for d in (2, 3) for kind in HEADS}
 OPERATORS = ("none", "cosine", "linear", "sigmoid", "w-cosine", "w-linear", "w-sigmoid", "sphere")
 TASKS = {
-    "retain": {kind: Method(kind) for kind in ("plain", "sphere", "projected")} | SMALL,
+    "retain": {kind: Method(kind) for kind in HEADS} | SMALL,
     "overlap": {kind: Method(kind) for kind in OPERATORS},
     "visualise": SMALL,
     "fewshot": {
@@ -618,8 +609,9 @@ TAUS = (1e-4, 1e-3, 1e-2, 5e-2, 0.1)  # 1 - cosine: 0.8, 2.6, 8, 18, 26 degrees
 # CIFAR-10, cnn9: test accuracy %, errors in overlapping samples, overlapping samples, the ratio in %
 PUBLISHED_OVERLAP = {
     "none": (92.46, 0, 0, 0.0), "sigmoid": (79.03, 1097, 5222, 20.75), "linear": (72.15, 1631, 6849, 23.84),
-    "cosine": (76.15, 776, 3170, 24.39), "w-sigmoid": (91.51, 167, 7925, 2.11), "w-linear": (82.12, 946, 7669, 12.30),
-    "w-cosine": (92.29, 80, 7051, 1.14), "sphere": (92.38, 0, 499, 0.00),
+    "cosine": (76.15, 776, 3170, 24.39), "w-sigmoid": (91.51, 167, 7925, 2.11),
+    "w-linear": (82.12, 946, 7669, 12.30), "w-cosine": (92.29, 80, 7051, 1.14),
+    "sphere": (92.38, 0, 499, 0.0),
 }  # fmt: skip
 FC100 = {  # CIFAR-100's superclasses (Oreshkin et al. 2018): 60, 20 and 20 classes
     "train": (1, 2, 3, 4, 5, 6, 9, 10, 15, 17, 18, 19), "validation": (8, 11, 13, 16), "test": (0, 7, 12, 14),
@@ -677,7 +669,7 @@ def learning_rate(epoch: int, args: argparse.Namespace) -> float:
 
 
 def rotate(x: Tensor, degrees: Tensor, black: Tensor) -> Tensor:
-    """Rotate each image of x (B, C, H, W) by its own angle (B,); corners become `black` (C,), its value of 0."""
+    """Rotate each image of x (B, C, H, W) by its own angle (B,); what comes in is `black` (C,)."""
     B, C, H, W = x.shape
     cos, sin = (f(torch.deg2rad(degrees)) for f in (torch.cos, torch.sin))
     zero, black = torch.zeros_like(cos), black[:, None, None]
@@ -708,11 +700,11 @@ class Classification:
         self.args, self.data, self.device, self.K = args, data, device, len(data.classes)
         shape = tuple(data.train_x.shape[1:])
         trunk = build_trunk(args, shape, method.n)
-        layer = dict(radius=args.radius, scale=args.scale, delta=args.delta, learnable=not args.fixed_scale)
+        scale = args.scale or (1.0 if method.n else 5.0)  # with 5 one or two angles end at 0 or 90 degrees
+        layer = dict(radius=args.radius, scale=scale, delta=args.delta, learnable=not args.fixed_scale)
         head = Head(method.kind, trunk.n, self.K, args.network in VGG and not method.n, **layer)
-        self.model = nn.ModuleDict({"trunk": trunk, "head": head}).to(
-            device, memory_format=torch.channels_last
-        )
+        model = nn.ModuleDict({"trunk": trunk, "head": head})
+        self.model = model.to(device, memory_format=torch.channels_last)
         self.trunk = torch.compile(trunk) if args.compile else trunk
         r = recipe(args)
         mean, std = data.mean, data.std
@@ -748,46 +740,29 @@ class Classification:
 
     def conclude(self) -> tuple[dict, dict[str, Tensor]]:
         """The result's measures, and what features.npz keeps."""
-        measure = metric_device(self.device)
-        kept = spread(self.batches.N)
+        kept, everything = spread(self.batches.N), torch.arange(self.test.N)
         train_h, train_z = embed(self.model, self.batches, kept, self.args.precision)
-        test_h, test_z = embed(self.model, self.test, torch.arange(self.test.N), self.args.precision)
-        train_y, test_y, right = (
-            self.data.train_y[kept].to(measure),
-            self.test_y,
-            test_z.argmax(1) == self.test_y,
-        )
-        M = torch.zeros(self.K, test_h.shape[1], dtype=torch.float64, device=measure)
-        M = M.index_add_(0, train_y, train_h.double()) / torch.bincount(train_y, minlength=self.K)[
-            :, None
-        ].clamp_min(1)
+        test_h, test_z = embed(self.model, self.test, everything, self.args.precision)
+        train_y, test_y = self.data.train_y[kept].to(test_h.device), self.test_y
+        right, M = test_z.argmax(1) == test_y, class_means(train_h, train_y, self.K)
         norm = test_h.double().norm(dim=1)
         result = {
             "accuracy": float(right.double().mean()),
             "train_accuracy": float((train_z.argmax(1) == train_y).double().mean()),
             "angle_accuracy": angle_accuracy(test_h, test_y, M),
-            "norm_spread": float(norm.std(correction=0) / norm.mean()),
+            "norm_spread": float(norm.std(correction=0) / norm.mean().clamp_min(1e-12)),
             "within_cosine": float(F.cosine_similarity(test_h.double(), M[test_y], dim=1).mean()),
         }
         if self.args.task == "overlap":
-            for name, cos in zip(
-                ("near", "hidden"), overlap(test_h, test_y, self.args.norm_gap), strict=True
-            ):
-                counts = [((1 - cos < tau), tau) for tau in (*TAUS, self.args.tau)]
-                result[f"{name}_counts"] = [int(found.sum()) for found, _ in counts]
-                result[f"{name}_errors"] = [int((found & ~right).sum()) for found, _ in counts]
-                result[name] = result[f"{name}_counts"][-1] / len(test_y)
-                result[f"{name}_wrong"] = result[f"{name}_errors"][-1] / max(1, result[f"{name}_counts"][-1])
-        W = self.model["head"].linear.weight
-        features = {
-            "train_h": train_h,
-            "train_y": train_y,
-            "test_h": test_h,
-            "test_y": test_y,
-            "W": W,
-            "right": right,
-        }
-        return result, features
+            found = overlap(test_h, test_y, self.args.norm_gap)
+            for name, cos in zip(("near", "hidden"), found, strict=True):
+                below = [1 - cos < tau for tau in (*TAUS, self.args.tau)]
+                *counts, n = [int(samples.sum()) for samples in below]
+                *errors, wrong = [int((samples & ~right).sum()) for samples in below]
+                result |= {name: n / len(test_y), f"{name}_wrong": wrong / max(1, n)}
+                result |= {f"{name}_counts": counts, f"{name}_errors": errors}
+        features = dict(train_h=train_h, train_y=train_y, test_h=test_h, test_y=test_y, right=right)
+        return result, features | {"W": self.model["head"].linear.weight}
 
 
 def spread(N: int, most: int = 10_000) -> Tensor:
@@ -807,7 +782,7 @@ def split_classes(dataset: str, classes: tuple[str, ...]) -> dict[str, list[int]
 class FewShot:
     """Prototypical networks: an episode's queries are told apart by their distance to the class prototypes.
 
-    Training and test images are thrown together and split by class. Trained with --shots, tested with 1 and 5.
+    Training and test images are thrown together and split by class. Trained with --shots; tested: 1 and 5.
     """
 
     def __init__(self, args: argparse.Namespace, method: Method, data: Dataset, device: torch.device):
@@ -815,22 +790,21 @@ class FewShot:
         self.images, self.y = torch.cat([data.train_x, data.test_x]), torch.cat([data.train_y, data.test_y])
         classes, self.pools = split_classes(args.dataset, data.classes), {}
         for split, members in classes.items():
-            self.pools[split] = (
-                torch.isin(self.y, torch.tensor(members, dtype=torch.long)).nonzero().flatten()
-            )
+            chosen = torch.isin(self.y, torch.tensor(members, dtype=torch.long))
+            self.pools[split] = chosen.nonzero().flatten()
             fewest = min((int((self.y == k).sum()) for k in members), default=0)
             need = max(args.shots, 5) + args.queries
             if members and (len(members) < args.way or fewest < need):
                 raise UserError(
                     f"--dataset {args.dataset}: {len(members)} {split} classes of {fewest} images or more; "
-                    f"--way {args.way} and {need} images a class are more than that"
+                    f"--way, --shots and --queries ask for {args.way} of {need}"
                 )
         trunk = build_backbone(args, tuple(data.train_x.shape[1:]), method.last)
-        layer = dict(radius=args.radius, scale=args.scale, delta=args.delta, learnable=not args.fixed_scale)
+        scale, learnable = args.scale or 5.0, not args.fixed_scale
+        layer = dict(radius=args.radius, scale=scale, delta=args.delta, learnable=learnable)
         head = Spherization(trunk.n, **layer) if method.last == "sphere" else nn.Identity()
-        self.model = nn.ModuleDict({"trunk": trunk, "head": head}).to(
-            device, memory_format=torch.channels_last
-        )
+        model = nn.ModuleDict({"trunk": trunk, "head": head})
+        self.model = model.to(device, memory_format=torch.channels_last)
         self.trunk = torch.compile(trunk) if args.compile else trunk
         self.batches = Batches(self.images, data.mean, data.std, device=device)
         queries = torch.arange(args.way).repeat_interleave(args.queries)
@@ -852,12 +826,11 @@ class FewShot:
         return F.cross_entropy(prototype_logits(h, a.shots, self.method.kind)[0], self.queries)
 
     def accuracies(self, split: str, shots: int, episodes: int) -> Tensor:
-        """Accuracy of each of so many episodes of unseen classes, (episodes,); the same ones for all methods."""
+        """Accuracy of each of so many episodes, (episodes,); the same ones for every method and seed."""
         a, pool = self.args, self.pools[split]
         (h,) = embed(self.model, self.batches, pool, a.precision)  # every image once
-        drawn = draw_episodes(
-            self.y[pool], episodes, a.way, shots + a.queries, torch.Generator().manual_seed(0)
-        )
+        generator = torch.Generator().manual_seed(0)
+        drawn = draw_episodes(self.y[pool], episodes, a.way, shots + a.queries, generator)
         found = []
         for part in split_evenly(episodes, 50):
             logits = prototype_logits(h[drawn[part].to(h.device)], shots, self.method.kind)
@@ -881,10 +854,9 @@ class FewShot:
             index = self.pools[split][spread(len(self.pools[split]))]
             (features[f"{split}_h"],) = embed(self.model, self.batches, index, self.args.precision)
             features[f"{split}_y"] = self.y[index]
-        y = features["train_y"]  # no classifier was trained: W holds the prototypes of the training classes
-        return result, features | {
-            "W": torch.stack([features["train_h"][y == k].mean(0) for k in y.unique()])
-        }
+        M = class_means(features["train_h"], features["train_y"].to(features["train_h"].device), self.K)
+        features["W"] = M[features["train_y"].unique()]  # no classifier was trained: W holds prototypes
+        return result, features
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
@@ -971,8 +943,9 @@ def train(args, name: str, seed: int, data: Dataset, run: Run, device: torch.dev
 
     measured, features = task.conclude()
     run.save_features(**features)
-    best_is = "best_validation" if args.task == "fewshot" else "best_accuracy"
-    about = {"method": name, "seed": seed, "epochs": args.epochs, "seconds": seconds, best_is: best}
+    about = {"method": name, "seed": seed, "epochs": args.epochs, "seconds": seconds}
+    if "accuracy" in run.history[-1]:
+        about["best_validation" if args.task == "fewshot" else "best_accuracy"] = best
     run.finish({**about, **measured})
     return run.finished
 
@@ -981,7 +954,7 @@ def train(args, name: str, seed: int, data: Dataset, run: Run, device: torch.dev
 
 
 def draw_figures(folder: Path, runs: list[Run], args: argparse.Namespace) -> list[str]:
-    """Figures of finished runs, one idea each, methods side by side. Returns the names of the files in folder."""
+    """Figures of finished runs, one idea each, methods side by side; returns the names of the files."""
     names = list(dict.fromkeys(r.finished["method"] for r in runs))
     by_method = {name: [r for r in runs if r.finished["method"] == name] for name in names}
     saved = []
@@ -990,27 +963,21 @@ def draw_figures(folder: Path, runs: list[Run], args: argparse.Namespace) -> lis
         write_atomically(folder / name, lambda part: figure.savefig(part, dpi=110))
         saved.append(name)
 
-    def average(name: str, key: str) -> float:
-        return float(np.mean([r.finished[key] for r in by_method[name]]))
+    def percent(name: str, key: str) -> np.ndarray:
+        return np.array([100 * r.finished[key] for r in by_method[name]])
 
-    def spread_of(name: str, key: str) -> float:  # over seeds; nothing to draw for one
-        return (
-            float(np.std([r.finished[key] for r in by_method[name]], ddof=1))
-            if len(by_method[name]) > 1
-            else 0
-        )
-
-    tested = {
-        name: [[x for x in r.history if "accuracy" in x] for r in found] for name, found in by_method.items()
-    }
+    tested = {name: [[x for x in r.history if "accuracy" in x] for r in by_method[name]] for name in names}
     if all(lines[0] for lines in tested.values()):
         figure = Figure(figsize=(6, 4), layout="constrained")
         plot = figure.subplots()
         for i, (name, lines) in enumerate(tested.items()):
             y = 100 * np.mean([[x["accuracy"] for x in one] for one in lines], axis=0)
-            shade, marker = str(0.7 * i / max(1, len(names) - 1)), "osv^dPX*"[i % 8]
-            plot.plot([x["epoch"] for x in lines[0]], y, color=shade, marker=marker,
-                      markevery=max(1, len(y) // 10), label=name)  # fmt: skip
+            look = {
+                "color": str(0.7 * i / max(1, len(names) - 1)),
+                "marker": "osv^dPX*h"[i % 9],
+                "label": name,
+            }
+            plot.plot([x["epoch"] for x in lines[0]], y, markevery=max(1, len(y) // 10), **look)
         what = "validation" if args.task == "fewshot" else "test"
         plot.set(xlabel="epoch", ylabel=f"{what} accuracy (%)")
         plot.legend()
@@ -1020,11 +987,10 @@ def draw_figures(folder: Path, runs: list[Run], args: argparse.Namespace) -> lis
         figure = Figure(figsize=(6.5, 4), layout="constrained")
         plot = figure.subplots()
         for shots, marker, color in ((1, "o", "0.55"), (5, "s", "black")):
-            y = [100 * average(name, f"accuracy_{shots}shot") for name in names]
-            error = [100 * average(name, f"interval_{shots}shot") for name in names]
-            plot.errorbar(
-                y, range(len(names)), xerr=error, fmt=marker, color=color, capsize=4, label=f"{shots}-shot"
-            )
+            y = [percent(name, f"accuracy_{shots}shot").mean() for name in names]
+            error = [percent(name, f"interval_{shots}shot").mean() for name in names]
+            look = {"fmt": marker, "color": color, "capsize": 4, "label": f"{shots}-shot"}
+            plot.errorbar(y, range(len(names)), xerr=error, **look)
         plot.axvline(100 / args.way, ls=":", color="0.6", label="chance")
         plot.set_yticks(range(len(names)), names)
         plot.invert_yaxis()
@@ -1033,64 +999,62 @@ def draw_figures(folder: Path, runs: list[Run], args: argparse.Namespace) -> lis
         save("fewshot.png", figure)
         return saved
 
+    def panels(n: int, most: int) -> tuple[Figure, int]:
+        rows, columns = -(-n // most), min(n, most)
+        return Figure(figsize=(3.2 * columns, 3.3 * rows + 0.3), layout="constrained"), rows
+
     arrays = {name: found[0].load_features() for name, found in by_method.items()}
     small = {name: a for name, a in arrays.items() if a["test_h"].shape[1] <= 3}
     if small:  # each feature drawn as its class's number
-        columns = min(3, len(small))
-        rows = -(-len(small) // columns)
-        figure = Figure(figsize=(3.3 * columns, 3.4 * rows), layout="constrained")
+        figure, rows = panels(len(small), 3)
         for i, (name, a) in enumerate(small.items()):
             d, K = a["test_h"].shape[1], len(a["W"])
-            plot = figure.add_subplot(rows, columns, i + 1, projection="3d" if d == 3 else None)
+            solid = {"projection": "3d"} if d == 3 else {}
+            plot = figure.add_subplot(rows, min(3, len(small)), i + 1, **solid)
             for k in range(K):
-                h = a["test_h"][a["test_y"] == k][:40]
-                plot.plot(
-                    *h.T, ls="", marker=f"${k}$", color=str(0.65 * k / max(1, K - 1)), markersize=5, mew=0.3
-                )
-            plot.set(title=name, xlabel="$h_1$", ylabel="$h_2$")
-            plot.set_aspect("equal")
+                h, shade = a["test_h"][a["test_y"] == k][:40], str(0.65 * k / max(1, K - 1))
+                plot.plot(*h.T, ls="", marker=f"${k}$", color=shade, markersize=5, mew=0.3)
+            ends = [min(0, 1.05 * a["test_h"].min()), 1.05 * a["test_h"].max() + 1e-9]
+            plot.set(title=name, xlabel="$h_1$", ylabel="$h_2$", xlim=ends, ylim=ends)
             if d == 3:
-                plot.set_zlabel("$h_3$")
+                plot.set(zlabel="$h_3$", zlim=ends)
                 plot.view_init(elev=30, azim=45)
                 plot.tick_params(labelsize=6)
+            else:
+                plot.set_aspect("equal")
         save("sphere.png", figure)
 
     # What the norm tells: each test feature's length, against the angle to its class's mean
-    shown = dict(itertools.islice(arrays.items(), 8))
-    columns = min(4, len(shown))
-    rows = -(-len(shown) // columns)
-    figure = Figure(figsize=(2.9 * columns, 2.9 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    for plot, (name, a) in itertools.zip_longest(grid.flat, shown.items(), fillvalue=(None, None)):
+    figure, rows = panels(len(arrays), 4)
+    grid = figure.subplots(rows, min(4, len(arrays)), squeeze=False, sharex=True, sharey=True)
+    for plot, (name, a) in itertools.zip_longest(grid.flat, arrays.items(), fillvalue=(None, None)):
         if name is None:
             plot.axis("off")
             continue
         h, y, right = (a[key][:2000] for key in ("test_h", "test_y", "right"))
-        M = {k: a["train_h"][a["train_y"] == k].mean(0) for k in set(y.tolist()) & set(a["train_y"].tolist())}
-        M = np.stack([M.get(k, np.zeros(h.shape[1])) for k in y.tolist()])
+        M = class_means(*(torch.from_numpy(a[f"train_{key}"]) for key in "hy"), len(a["W"])).numpy()[y]
         norm = np.linalg.norm(h, axis=1)
         cos = (h * M).sum(1) / np.maximum(norm * np.linalg.norm(M, axis=1), 1e-12)
         angle, norm = np.degrees(np.arccos(cos.clip(-1, 1))), norm / norm.mean()
         plot.plot(angle[right], norm[right], ".", color="0.7", ms=3, label="right")
         plot.plot(angle[~right], norm[~right], "x", color="black", ms=5, label="misclassified")
         plot.set(title=name, xlabel="angle to class mean (degrees)", ylabel="norm / mean norm")
-    figure.legend(
-        *grid.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False
-    )
+    handles = grid.flat[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=2, frameon=False)
     save("norm_angle.png", figure)
 
     if args.task == "overlap":
         figure = Figure(figsize=(7, 4), layout="constrained")
         plot = figure.subplots()
         x = np.arange(len(names))
-        total = {key: np.array([100 * average(name, key) for name in names]) for key in ("near", "hidden")}
-        wrong = {key: total[key] * [average(name, f"{key}_wrong") for name in names] for key in total}
         for shift, key, shade in ((-0.2, "near", "0.85"), (0.2, "hidden", "0.55")):
-            error = [100 * spread_of(name, key) for name in names]
+            share = [percent(name, key) for name in names]  # a value a seed
+            wrong = [(percent(name, key) * percent(name, f"{key}_wrong") / 100).mean() for name in names]
+            height, error = [n.mean() for n in share], [n.std(ddof=min(1, len(n) - 1)) for n in share]
             label = "near another class" + (", norms apart" if key == "hidden" else "")
-            plot.bar(x + shift, total[key], 0.36, yerr=error, color=shade, edgecolor="black", label=label)
+            plot.bar(x + shift, height, 0.36, yerr=error, color=shade, edgecolor="black", label=label)
             label = "of these misclassified" if key == "hidden" else None
-            plot.bar(x + shift, wrong[key], 0.36, color="black", label=label)
+            plot.bar(x + shift, wrong, 0.36, color="black", label=label)
         plot.set_xticks(x, names, rotation=20)
         plot.set(ylabel="test samples (%)", title=f"Overlapping on the sphere: 1 - cosine < {args.tau:g}")
         plot.legend()
@@ -1100,12 +1064,14 @@ def draw_figures(folder: Path, runs: list[Run], args: argparse.Namespace) -> lis
 
 def results_table(runs: list[Run], args: argparse.Namespace) -> str:
     """Mean ± std over seeds, a row a method: last epoch's accuracy first, the best epoch's beside it."""
-    columns = {
+    columns = {  # key: title, digits, factor
         "accuracy": ("accuracy %", 2, 100), "best_accuracy": ("best %", 2, 100),
         "angle_accuracy": ("by angle %", 2, 100), "norm_spread": ("norm spread", 3, 1),
-        "within_cosine": ("within cosine", 3, 1), "near": ("near %", 2, 100), "near_wrong": ("wrong %", 2, 100),
-        "hidden": ("hidden %", 2, 100), "hidden_wrong": ("wrong %", 2, 100), "accuracy_1shot": ("1-shot %", 2, 100),
-        "interval_1shot": ("± 95%", 2, 100), "accuracy_5shot": ("5-shot %", 2, 100), "interval_5shot": ("± 95%", 2, 100),
+        "within_cosine": ("within cosine", 3, 1), "near": ("near %", 2, 100),
+        "near_wrong": ("wrong %", 2, 100), "hidden": ("hidden %", 2, 100),
+        "hidden_wrong": ("wrong %", 2, 100),
+        "accuracy_1shot": ("1-shot %", 2, 100), "interval_1shot": ("± 95%", 2, 100),
+        "accuracy_5shot": ("5-shot %", 2, 100), "interval_5shot": ("± 95%", 2, 100),
         "best_validation": ("best val. %", 2, 100), "seconds": ("train s", 0, 1),
     }  # fmt: skip
     if args.task == "fewshot":
@@ -1124,17 +1090,10 @@ def overlap_table(runs: list[Run], args: argparse.Namespace) -> str:
     rows = []
     for name in TASKS["overlap"]:
         if found := [r.finished for r in runs if r.finished["method"] == name]:
-            sums = {
-                key: np.sum([r[key] for r in found], axis=0)[: len(TAUS)]
-                for r in found
-                for key in r
-                if key[-7:] in ("_counts", "_errors")
-            }
-            cells = [
-                f"{sums[f'{kind}_counts'][i] / len(found):.0f} ({100 * sums[f'{kind}_errors'][i] / max(1, sums[f'{kind}_counts'][i]):.1f})"
-                for kind in ("near", "hidden")
-                for i in range(len(TAUS))
-            ]
+            cells = []
+            for kind, i in itertools.product(("near", "hidden"), range(len(TAUS))):
+                n, wrong = (np.mean([r[f"{kind}_{what}"][i] for r in found]) for what in ("counts", "errors"))
+                cells.append(f"{n:.0f} ({100 * wrong / max(1, n):.1f})")
             rows.append([name, *cells, "{2} ({3:.2f})".format(*PUBLISHED_OVERLAP[name])])
     header = [f"{kind} {tau:g}" for kind in ("near", "hidden") for tau in TAUS]
     return table(["samples (% wrong)", *header, "published"], rows)
@@ -1156,11 +1115,9 @@ def default_network(task: str, dataset: str) -> str:
     if task == "fewshot":
         return "conv4"
     small = dataset.partition(":")[0].removesuffix("lt") in ("digits", "mnist")
-    return (
-        {"retain": "mlp", "overlap": "mlp", "visualise": "cnn"}[task]
-        if small
-        else {"overlap": "cnn9"}.get(task, "vgg11")
-    )
+    if small:
+        return "cnn" if task == "visualise" else "mlp"
+    return "cnn9" if task == "overlap" else "vgg11"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -1171,24 +1128,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--task", choices=list(TASKS), default="retain", help="what is compared")
     add("--dataset", default="digits", help=f"{', '.join(SPECS)}, folder:PATH")
     add("--data-dir", type=Path, default="data", help="where NAME.npz is kept and downloads go")
-    add(
-        "--out",
-        type=Path,
-        default="runs",
-        help="run folders go to OUT/spherization/TASK/DATASET-NETWORK/METHOD/seedS",
-    )
-    add(
-        "--method",
-        nargs="+",
-        metavar="METHOD",
-        help="one or more, or all; "
-        + "; ".join(f"{task}: {' '.join(found)}" for task, found in TASKS.items()),
-    )
-    add(
-        "--network",
-        choices=[*NETWORKS, *BACKBONES],
-        help="mlp; cnn to visualise, vgg11 or cnn9 for colour, conv4 for few shots",
-    )
+    where = "run folders go to OUT/spherization/TASK/DATASET-NETWORK/METHOD/seedS"
+    add("--out", type=Path, default="runs", help=where)
+    methods = "; ".join(f"{task}: {' '.join(found)}" for task, found in TASKS.items())
+    add("--method", nargs="+", metavar="METHOD", help=f"one or more, or all; {methods}")
+    networks = "mlp; to visualise cnn, for larger images vgg11, to overlap cnn9, for few shots conv4"
+    add("--network", choices=[*NETWORKS, *BACKBONES], help=networks)
     add("--epochs", type=int, help="as published for the task, network and data; digits 40")
     add("--batch-size", type=int, help="as published; digits 32")
     add("--optimizer", choices=["adam", "sgd"], help="as published")
@@ -1206,13 +1151,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--train-size", type=int, default=0, help="train on so many images, classes alike; 0: on all")
     add("--width", type=float, default=1.0, help="of VGG: channels times this")
     add("--radius", type=float, default=5.0, help="r; the published 2-D and 3-D features had 1")
-    add("--scale", type=float, default=5.0, help="s at the start; the published 2-D and 3-D features had 1")
+    add("--scale", type=float, help="s at the start; 5, for 2-D and 3-D features 1")
     add("--delta", type=float, default=1e-6, help="least product of sines")
     add("--fixed-scale", action="store_true", help="do not learn s")
     add("--tau", type=float, default=0.01, help="overlapping: 1 - cosine below this")
-    add(
-        "--norm-gap", type=float, default=0.1, help="hidden by the norm: norms differ by more than this share"
-    )
+    add("--norm-gap", type=float, default=0.1, help="hidden: and norms differ by more than this share")
     add("--way", type=int, default=5, help="classes of an episode")
     add("--shots", type=int, default=5, help="labelled images a class, in training; tested are 1 and 5")
     add("--queries", type=int, default=15, help="images a class to be classified")
@@ -1227,10 +1170,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise UserError(f"--network {args.network}: --task {args.task} has {', '.join(fits)}")
     known = list(TASKS[args.task])
     if args.method is None:
-        digits = args.dataset.startswith("digits")
-        args.method = {"retain": ["plain", "sphere"] + ["plain-3d", "sphere-3d"] * digits}.get(
-            args.task, known
-        )
+        digits = args.dataset.startswith("digits")  # a run of seconds: also three dimensions, for the picture
+        few = ["plain", "sphere"] + ["plain-3d", "sphere-3d"] * digits
+        args.method = few if args.task == "retain" else known
     for name in args.method:
         if name not in known and name != "all":
             raise UserError(f"--method {name}: --task {args.task} has {', '.join(known)}, all")
@@ -1257,7 +1199,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def balanced_subset(y: Tensor, K: int, size: int) -> Tensor:
-    """Indices of `size` images, as many of each class as of any other, give or take one; always the same ones."""
+    """Indices of `size` images, the classes alike to within one image; always the same ones."""
     generator = torch.Generator().manual_seed(0)
     shuffled = torch.randperm(len(y), generator=generator)
     rank = torch.empty_like(y)  # the how-manieth of its class each image is
@@ -1282,11 +1224,14 @@ def program(args: argparse.Namespace) -> dict:
     if args.train_size and args.task != "fewshot":
         keep = balanced_subset(data.train_y, K, args.train_size)
         data = data._replace(train_x=data.train_x[keep], train_y=data.train_y[keep])
+    if args.dry_run and args.task != "fewshot":
+        few, some = spread(len(data.train_y), 2000), spread(len(data.test_y), 500)
+        splits = dict(train_x=data.train_x[few], train_y=data.train_y[few])
+        data = data._replace(**splits, test_x=data.test_x[some], test_y=data.test_y[some])
     N = len(data.train_y)
     if N < 2 or (args.batch_size < 2 and args.task != "fewshot"):
-        raise UserError(
-            f"--dataset {args.dataset}, --batch-size {args.batch_size}: BatchNorm needs two images"
-        )
+        least = f"--dataset {args.dataset}, --batch-size {args.batch_size}"
+        raise UserError(f"{least}: BatchNorm needs two images at a time")
     name = args.dataset.replace(":", "-").replace("/", "-")
     folder = args.out / "spherization" / args.task / f"{name}-{args.network}"
     print(f"{args.dataset}: {K} classes, {N:,} training images, {len(data.test_y):,} test images")
@@ -1294,10 +1239,8 @@ def program(args: argparse.Namespace) -> dict:
     for name in args.method:  # says what is wrong with a model before the first one is trained
         task = build(args, name, data, torch.device("cpu"))
         size = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
-        print(
-            f"{name}: {args.network}, {size:,} parameters; seeds {args.seed}, {args.epochs} epochs, ", end=""
-        )
-        print(f"{args.optimizer} at {args.lr:g}")
+        print(f"{name}: {args.network}, {size:,} parameters; seeds {args.seed}, ", end="")
+        print(f"{args.epochs} epochs, {args.optimizer} at {args.lr:g}")
     runs = []
     for name in args.method:
         for seed in args.seed:
@@ -1318,12 +1261,9 @@ def program(args: argparse.Namespace) -> dict:
     else:
         print("Last epoch. by angle: nearest class mean by cosine; norm spread: std / mean of feature norms")
     if args.task == "overlap":
-        print(
-            f"near: another class within tau = {args.tau:g} in angle; hidden: and norms over {args.norm_gap:.0%} apart"
-        )
-        print(
-            f"\n{overlap_table(runs, args)}\npublished: CIFAR-10, cnn9; its definition is not known, do not compare counts"
-        )
+        print(f"near: within tau = {args.tau:g} of a sample of another class in angle; hidden: and in norm")
+        print(f"more than {args.norm_gap:.0%} apart\n\n{overlap_table(runs, args)}")
+        print("published: CIFAR-10, cnn9, a definition that is not known; the counts are not comparable")
     figures = draw_figures(folder, runs, args)
     print(f"figures in {folder}: {', '.join(figures)}")
     return {"results": [run.finished for run in runs], "folder": str(folder)}
