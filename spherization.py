@@ -166,11 +166,15 @@ class Spherization(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         if z.ndim < 2 or z.shape[1] != self.n:
             raise ValueError(
-                f"Spherization: got {tuple(z.shape)}, expected (B, {self.n}) or (B, {self.n}, H, W)"
+                f"Spherization of {self.n}: got {tuple(z.shape)}, expected (B, n) or (B, n, H, W)"
             )
-        z = z.to(torch.promote_types(z.dtype, torch.float32)).movedim(1, -1)  # (B, n) or (B, H, W, n)
-        x = Spherize.apply(z.reshape(-1, self.n), self.s.to(z.dtype), self.phi_L, self.radius)
-        return x.view(*z.shape[:-1], self.n + 1).movedim(-1, 1)
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        s = self.s.to(z.dtype)
+        if z.ndim == 2:
+            return Spherize.apply(z, s, self.phi_L, self.radius)
+        pixels = z.movedim(1, -1)  # (B, H, W, n)
+        x = Spherize.apply(pixels.reshape(-1, self.n), s, self.phi_L, self.radius)
+        return x.view(*pixels.shape[:-1], self.n + 1).movedim(-1, 1)
 
 
 def angles(x: Tensor) -> Tensor:
