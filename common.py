@@ -580,7 +580,7 @@ class CollapseStatistics:
 
     def within(self, P: Tensor) -> Tensor:
         """The within-class scatter along the rows of P (r, d): p^T S p for each, (r,) float64."""
-        return ((P @ self.scatter) * P).sum(1)
+        return ((P @ self.scatter) * P).sum(1).clamp_min(0)  # rounding may leave -1e-18
 
     def nc1(self, centred: bool = True) -> tuple[float, int]:
         """NC1 = tr(Sigma_W pinv(Sigma_B)) / K, and the rank of Sigma_B that was kept (K - 1 if all is well).
@@ -626,7 +626,8 @@ class CollapseStatistics:
     def vci(self) -> float:
         """Variability collapse index (Xu & Liu 2023): 1 - tr(pinv(Sigma_W + Sigma_B) Sigma_B) / min(d, K-1).
 
-        From 0, collapsed, to 1; any invertible linear map of the features leaves it as it is.
+        From 0, collapsed, to 1; any invertible linear map of the features leaves it as it is. A difference
+        from 1: right to some 1e-10, not to so many digits.
         """
         M = self.centred_means()
         K, d = M.shape
@@ -794,7 +795,7 @@ def zero_mean_metrics(means: Tensor, W: Tensor | None = None) -> dict[str, float
 def riesz_energy(V: Tensor, s: float = 0.0) -> float:
     """Mean over pairs of the kernel sign(s) r^-s, or log(1/r) for s = 0; r = ||v_i - v_j|| of unit rows.
 
-    V (K, d). Lower is more uniform; inf where two directions are equal. Simplex: r^2 = 2K/(K-1). The package's
+    V (K, d). Lower is more uniform; inf where two directions are equal. Simplex: r^2 = 2K/(K-1). Released
     s = d - 2 underflows for d = 512: take s = 0, 1 or 2. A sum over ordered pairs is K (K - 1) times this.
     """
     r = distances(torch.nn.functional.normalize(V.double(), dim=1))
