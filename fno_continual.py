@@ -758,14 +758,10 @@ def collapse(model, batches: Batches, pool: Tensor, data: Dataset, precision: st
     """NC and ZNC of the training features, for --balanced; 0 is full collapse, but for NC3 under FNO."""
     h, z = evaluate(model, batches, precision, pool)
     y, W = data.train_y[pool].to(h.device), model["classifier"].W.detach().to(h.device)
-    K = len(W)
     statistics = CollapseStatistics(*W.shape, device=h.device)
     for part in split_evenly(len(h), 8192):
         statistics.update(h[part], y[part])
     M, centred, prediction = statistics.mean, statistics.centred_means(), z.argmax(1)
-    # tr(Sigma_W pinv(Sigma_B)) / K with Sigma_B about the origin, 1/K sum mu_k mu_k^T, where NC centres it
-    Sigma_W = statistics.scatter / len(h)
-    znc1 = torch.trace(Sigma_W @ torch.linalg.pinv(M.T @ M / K, hermitian=True)) / K
     return {
         "train_accuracy": float((prediction == y).double().mean()),
         "nc1": statistics.nc1()[0],
@@ -773,7 +769,7 @@ def collapse(model, batches: Batches, pool: Tensor, data: Dataset, precision: st
         "nc2_equiangular": equiangularity(centred),
         "nc3": self_duality(W, centred),
         "nc4": nearest_mean_mismatch(h, prediction, M),  # the same for both: distances know no centre
-        "znc1": float(znc1),
+        "znc1": statistics.nc1(centred=False)[0],  # Sigma_B about the origin, 1/K sum mu_k mu_k^T
         **zero_mean_metrics(M, W),
     }
 
