@@ -656,14 +656,14 @@ class StoredStatistics(CollapseStatistics):
     h (N, d), y (N,). NC1 needs the spread along K - 1 directions only, and once the means are known these are
     too: a second sweep projects h - mu_y onto them. Products are in the features' own precision, float32 or
     better, the sums over the sweep in float64. No precision is lost where it matters: the means are summed in
-    float64, and the difference of two close float32 numbers is exact. No vci(), which needs the whole scatter.
+    float64, and the difference of two close float32 numbers is exact. No vci(): it needs all of the scatter.
     """
 
     def __init__(self, h: Tensor, y: Tensor, K: int):
         self.device = metric_device(h.device)
         h, self.y = h.detach().to(self.device), y.to(self.device)
         self.h = h if h.dtype in (torch.float32, torch.float64) else h.float()
-        self.parts = split_evenly(len(h), max(1, 2**19 // h.shape[1]))  # 2 MB of rows stay in the cache
+        self.parts = split_evenly(len(h), max(1, 2**19 // h.shape[1]))  # 2 MB, to stay in the cache
         self.count = torch.bincount(self.y, minlength=K).double()
         self.mean = torch.zeros(K, h.shape[1], dtype=torch.float64, device=self.device)
         for part in self.parts:
