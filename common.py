@@ -12,6 +12,7 @@ h features (row vectors), W class vectors (K, d), M class means (K, d).
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -717,15 +718,15 @@ class StoredStatistics(CollapseStatistics):
 
     h (N, d), y (N,). NC1 needs the spread along K - 1 directions only, and once the means are known these are
     too: a second sweep projects h - mu_y onto them. Products are in the features' own precision, float32 or
-    better, sums in float64. No precision is lost where it matters: the means are summed in float64, and the
-    difference of two close float32 numbers is exact. No vci(), which needs the whole scatter.
+    better, the sums over the sweep in float64. No precision is lost where it matters: the means are summed in
+    float64, and the difference of two close float32 numbers is exact. No vci(): it needs all of the scatter.
     """
 
     def __init__(self, h: Tensor, y: Tensor, K: int):
         self.device = metric_device(h.device)
         h, self.y = h.detach().to(self.device), y.to(self.device)
         self.h = h if h.dtype in (torch.float32, torch.float64) else h.float()
-        self.parts = split_evenly(len(h), 1024)  # rows that stay in the cache between the steps
+        self.parts = split_evenly(len(h), max(1, 2**19 // h.shape[1]))  # 2 MB, to stay in the cache
         self.count = torch.bincount(self.y, minlength=K).double()
         self.mean = torch.zeros(K, h.shape[1], dtype=torch.float64, device=self.device)
         for part in self.parts:
@@ -735,11 +736,17 @@ class StoredStatistics(CollapseStatistics):
         # far below the spread and is put right below:  sum (h - mu)^2 = sum (h - c)^2 - n (mu - c)^2
         self.near = self.mean.to(self.h.dtype)  # c
         self.rest = self.mean - self.near.double()
-        self.square = torch.zeros(K, dtype=torch.float64, device=self.device)
+
+    @functools.cached_property
+    def square(self) -> Tensor:  # a sweep of its own, which nc1() does without
+        total = torch.zeros_like(self.count)
         for part in self.parts:
-            z = self.h[part] - self.near[self.y[part]]  # (B, d)
-            self.square.index_add_(0, self.y[part], z.square().sum(1).double())
-        self.square = (self.square - self.count * self.rest.square().sum(1)).clamp_min(0)
+            total.index_add_(0, self.y[part], self.residuals(part).square_().sum(1).double())
+        return (total - self.count * self.rest.square().sum(1)).clamp_min(0)
+
+    def residuals(self, part: slice) -> Tensor:
+        """h - c_y of some rows, (B, d)."""
+        return self.h[part] - self.near.index_select(0, self.y[part])
 
     def update(self, h: Tensor, y: Tensor) -> None:
         raise TypeError("StoredStatistics takes all features at once; CollapseStatistics takes batches")
@@ -748,8 +755,8 @@ class StoredStatistics(CollapseStatistics):
         Q = P.T.to(self.h.dtype)  # (d, r)
         total = torch.zeros(P.shape[0], dtype=torch.float64, device=self.device)
         for part in self.parts:
-            b = (self.h[part] - self.near[self.y[part]]) @ Q  # (B, r)
-            total += b.double().square().sum(0)
+            b = self.residuals(part) @ Q  # (B, d) @ (d, r) -> (B, r)
+            total += b.square_().sum(0).double()
         return (total - (self.count[:, None] * (self.rest @ P.T).square()).sum(0)).clamp_min(0)
 
 
