@@ -912,6 +912,7 @@ def draw_figures(folder: Path, runs: list[Run]) -> list[str]:
                     y[y == 0] = np.nan  # features behind a ReLU can all be zero in the first epochs
                     plot.plot(x, y, ls=ls, color=shade, label=f"{part}, the {group}")
             plot.set(yscale="log")
+            plot.minorticks_off()
         if METHODS[name].fixed:
             column[1].text(0.5, 0.5, "fixed", ha="center", transform=column[1].transAxes)
         column[0].set_title(name)
