@@ -434,7 +434,7 @@ def test_dry_run_as_a_user_starts_it(tmp_path):
 
 
 @pytest.mark.parametrize("flags", [
-    ["--profile", "step", "--width", "2", "--eval-every", "3"], ["--dataset", "digits"],
+    ["--profile", "step", "--eval-every", "3"], ["--dataset", "digits"],
     ["--E-W", "256", "--E-H", "2", "--project", "20", "--weight-decay", "0"],
 ])  # fmt: skip
 def test_every_flag_trains(flags, tmp_path, figureless):
