@@ -2,10 +2,54 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch", "torchvision", "numpy", "matplotlib", "scikit-learn", "tqdm"]
 # ///
-"""Minority collapse of a learnable classifier, and its remedy: a fixed simplex ETF with dot-regression.
+"""Minority collapse of a learnable classifier, and a remedy: fixed simplex-ETF class vectors, dot-regression.
 
-Source: Yang, Chen, Li, Xie, Lin, Tao, Inducing Neural Collapse in Imbalanced Learning (NeurIPS 2022), and
-the code the authors released (ImbalancedLearning). Where the two differ is said below.
+Source: Y. Yang, S. Chen, X. Li, L. Xie, Z. Lin, D. Tao, Inducing Neural Collapse in Imbalanced Learning: Do
+We Really Need a Learnable Classifier at the End of Deep Neural Network? (NeurIPS 2022), and the code that
+its authors released. Where the two differ, or we from them, is said below and at the line.
+
+WHAT COLLAPSES. Train features h and class vectors w_k to the end on balanced classes and they become a
+simplex ETF: K vectors of one length, every pairwise cosine -1/(K-1), features on top of their class vectors
+(neural collapse). On imbalanced classes they do not. The gradient of cross-entropy has a pull and a push,
+
+    dCE/dh   = -(1 - p_y) w_y + sum_{k != y} p_k w_k              p = softmax(W h)
+    dCE/dw_k = -sum_{i: y_i = k} (1 - p_ik) h_i + sum_{i: y_i != k} p_ik h_i
+
+and a rare class's w_k, pulled by few features and pushed by many, goes where all rare classes go: from
+n_majority / n_minority = R* on they share one vector (minority collapse; Fang et al. 2021).
+
+REMEDY 1, the classifier: draw a random simplex ETF and never train it. Then (Theorem 1) with ||h||^2 <= E_H
+and ||w_k||^2 = E_W the least CE is at h = sqrt(E_H/E_W) w_y for every sample, whatever the class counts.
+REMEDY 2, the loss: with the target known, regress on it. A pull, no push, and the same optimum:
+
+    L_DR = 1/(2 sqrt(E_W E_H)) (w_y . h - sqrt(E_W E_H))^2        dL/dh = -(1 - cos angle(h, w_y)) w_y
+
+    python etf_dr.py                                              digits, long-tailed; all methods
+    python etf_dr.py --synthetic                                  the theory above, claim by claim
+    python etf_dr.py --dataset cifar100lt --method ce etf+dr etf+dr+mixup --seed 0 1 2
+
+WHAT TO EXPECT. EXPECT
+
+PAPER, CODE AND THIS FILE
+- Class lengths. The released configurations of ETF + DR give w_k the length sqrt(gamma / n_k), n_k counted
+  in the batch. That is inverse-frequency weighting of the samples; the paper's CE baseline has none. Here
+  --class-length off takes it away from dot-regression and --reweight on gives it to cross-entropy.
+- The released learnable baseline for CIFAR is frozen at its random start (requires_grad is False). Ours
+  learns. It has no bias; --normalise on gives it the BatchNorm and the lengths of the ETF methods.
+- With unit vectors and K classes ETF + CE cannot be surer than p = .25 (K = 10) or .03 (K = 100). That is
+  what was released; --E-W 256 is a temperature of 16.
+- Faster convergence of DR (claimed with its Theorem 2, whose wording we do not have) is a matter of E =
+  sqrt(E_W E_H) and of the angle: --synthetic measures it. At the released E = 1 CE is the faster one.
+- Mixup follows the released code: a batch with a permutation of itself, one lam ~ Beta(alpha, alpha), the
+  two losses mixed, class lengths from the unmixed labels. Then DR's least loss is no longer 0.
+- Schedule, augmentation, weight decay (on BatchNorm too) and width (doubled for CIFAR-100) are the released
+  ones; the normalisation is by the statistics of our data. They report the best epoch on the test set; we
+  report the last, and put the best beside it. Sampling is instance-balanced.
+- SVHN and STL-10 have augmentation and their own statistics here, none of it there. The released SVHN-LT
+  constructor appends more labels than images for short classes, so that labels slide; ours cannot.
+- ImageNet-LT (folder:PATH) differs more: ResNet-50 with d = 2048 where the paper widens the last stage to
+  4096; the step schedule, weight decay and batch of the flags, where it has a cosine from .1, 5e-4, 1024;
+  features at unit length, where it has BatchNorm and a penalty on the norm; crop and flip, no colour jitter.
 """
 
 import argparse
@@ -912,6 +956,7 @@ def draw_figures(folder: Path, runs: list[Run]) -> list[str]:
                     y[y == 0] = np.nan  # features behind a ReLU can all be zero in the first epochs
                     plot.plot(x, y, ls=ls, color=shade, label=f"{part}, the {group}")
             plot.set(yscale="log")
+            plot.minorticks_off()
         if METHODS[name].fixed:
             column[1].text(0.5, 0.5, "fixed", ha="center", transform=column[1].transAxes)
         column[0].set_title(name)
