@@ -540,7 +540,7 @@ RECIPES = {
     "fashionmnist": Recipe(5, 1, 10, "mlp", False, 200),
     "cifar100": PUBLISHED._replace(tasks=10),
 }
-# --balanced: 350 epochs of batches of 128, learning rates of the released ResNet-18 runs; digits are ours.
+# --balanced: ResNet-18, 350 epochs of batches of 128 and these learning rates are released; digits are ours.
 BALANCED = {"mnist": 0.013296, "fashionmnist": 0.13025, "svhn": 0.009597, "cifar10": 0.06786}
 MILESTONES = (1, 2, 3, 4, 5, 7, 9, 11, 14, 18, 23, 28, 34, 41, 49, 59, 70, 82, 95, 110, 127, 145, 165, 187,
               211, 237, 265, 295, 327, 350)  # fmt: skip
@@ -579,7 +579,7 @@ def job_flags(args: argparse.Namespace, job: Job, seed: int) -> dict:
     der = job.method == "der++"
     # published for split CIFAR-10: ER 0.1; DER++ 0.03, (alpha, beta) by size of the buffer
     alpha, beta = (0.1, 0.5) if job.buffer <= 200 else (0.2, 0.5) if job.buffer <= 500 else (0.1, 1.0)
-    lr = BALANCED.get(args.dataset, 0.05) if job.method == "balanced" else 0.03 if der else 0.1
+    lr = BALANCED.get(args.dataset, 0.1) if job.method == "balanced" else 0.03 if der else 0.1
     flags = {key: value for key, value in vars(args).items() if key not in NOT_IN_CONFIG} | job._asdict()
     flags |= {"lr": lr if args.lr is None else args.lr, "seed": seed}
     flags["alpha"] = (alpha if args.alpha is None else args.alpha) if der else None
@@ -987,7 +987,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--buffer", type=int, nargs="+", help="images kept, one or more sizes; 200, digits 50")
     add("--tasks", type=int, help="5; cifar100 10")
     add("--order-seed", type=int, help="shuffle the classes over the tasks; else label order")
-    add("--epochs", type=int, help="a task: 50; digits 5, (fashion)mnist 1; --balanced 350, digits 100")
+    add("--epochs", type=int, help="a task: 50; digits 5, (fashion)mnist 1; --balanced 350, digits 60")
     add("--batch-size", type=int, help="new images, and as many replayed: 32; digits, (fashion)mnist 10")
     add("--lr", type=float, help="learning rate: 0.1, der++ 0.03; --balanced as released")
     add("--weight-decay", type=float, help="on all parameters: 0; --balanced 5e-4")
@@ -1000,7 +1000,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--dry-run", action="store_true", help="two steps of one epoch of everything, into OUT/dry-run")
     add("--synthetic", action="store_true", help="check the theory; trains no network")
     add("--balanced", action="store_true", help="no stream: NC against ZNC on the whole set")
-    add("--net", choices=["mlp", "cnn", "resnet32", "resnet18"], help="resnet18; digits, (fashion)mnist mlp")
+    add(
+        "--net",
+        choices=["mlp", "cnn", "resnet32", "resnet18"],
+        help="resnet18; streams of digits, (fashion)mnist: mlp; --balanced digits: cnn",
+    )
     add("--width", type=int, default=1, help="of mlp, cnn and resnet32: d = 100, 128, 64 times this")
     add("--per-class", type=int, help="training images of each class, for a shorter run; else all")
     add("--replay", choices=["mean", "sum"], default="mean", help="ER, ER-ACE: one mean, or two summed")
@@ -1014,8 +1018,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.balanced:
         if args.tasks not in (None, 1) or args.mask:
             raise UserError("--balanced: trains on the whole set at once; leave out --tasks and --mask")
-        size = (100, 32) if args.dataset == "digits" else (350, 128)
-        recipe = recipe._replace(tasks=1, epochs=size[0], batch_size=size[1], augment=False)
+        recipe = recipe._replace(tasks=1, epochs=350, batch_size=128, net="resnet18", augment=False)
+        if args.dataset == "digits":
+            recipe = recipe._replace(epochs=60, batch_size=32, net="cnn")
         args.method = ["balanced"]
     for flag in recipe._fields:
         if getattr(args, flag) is None:
