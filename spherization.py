@@ -298,7 +298,7 @@ def layer_peeled(K: int, n: int, lam: float, spherized: bool, seed: int = 0):
         return F.cross_entropy(h @ W.T + bias, y) + lam / (2 * K) * (W.square().sum() + z.square().sum())
 
     W, q = (torch.randn(K, m, generator=generator, dtype=torch.float64) for m in (n + spherized, n))
-    W, q, b = minimise(loss, W, q, torch.zeros(K, dtype=torch.float64), steps=1000)
+    W, q, b = minimise(loss, W, q, torch.zeros(K, dtype=torch.float64), steps=300)
     return W, unpack(W, q, b)[1], unpack(W, q, b)[0], loss(W, q, b).item()
 
 

@@ -160,7 +160,7 @@ def test_nothing_of_size_n_squared_is_kept():
     assert sum(t.numel() for t in layer.state_dict().values()) == 1
 
 
-@pytest.mark.parametrize("n", [2, 64, 300])
+@pytest.mark.parametrize("n", [2, 30, 64])
 def test_the_published_matrix_form_is_the_same_map(n):
     z = torch.randn(5, n, generator=generator())
     published, layer = script.MatrixForm(n), Spherization(n)
@@ -621,12 +621,13 @@ def test_dry_run_as_a_user_starts_it(tmp_path):
 
 
 @pytest.mark.parametrize("flags, figures", [
-    (["--task", "overlap", "--method", "none", "w-linear", "cosine", "sphere"], {"overlap.png", "norm_angle.png", "training.png"}),
+    (["--task", "overlap", "--method", "none", "w-linear", "cosine", "sphere"], {"overlap.png"}),
     (["--task", "visualise", "--network", "mlp", "--seed", "0", "1", "--method", "plain-2d"], {"sphere.png"}),
-    (["--task", "fewshot", "--method", "euclidean", "euclidean+last", "cosine+sphere"], {"fewshot.png"}),
     (["--task", "visualise", "--method", "projected-2d", "sphere-2d"], {"sphere.png"}),
-    (["--method", "sphere", "--precision", "bf16", "--fixed-scale", "--delta", "1e-3", "--radius", "2"], set()),
-    (["--method", "sphere", "--optimizer", "sgd", "--lr", "0.01", "--train-size", "100", "--scale", "2"], set()),
+    (["--task", "fewshot", "--method", "euclidean", "euclidean+last", "cosine+sphere"], {"fewshot.png"}),
+    (["--method", "sphere", "--precision", "bf16", "--delta", "1e-3", "--radius", "2"], set()),
+    (["--method", "sphere", "--optimizer", "sgd", "--lr", "0.01", "--train-size", "100"], set()),
+    (["--method", "sphere", "--fixed-scale", "--scale", "2", "--eval-every", "3"], {"norm_angle.png"}),
     (["--task", "fewshot", "--shots", "1", "--way", "3", "--queries", "4", "--method", "cosine"], set()),
 ])  # fmt: skip
 def test_every_task_and_flag_trains(flags, figures, tmp_path, capsys):
@@ -752,10 +753,10 @@ def test_other_flags_than_the_run_had(capsys, tmp_path):
 
 
 def test_the_layer_learns_digits(tmp_path):
-    """Not a benchmark: ten epochs of both, and only the baseline's features have different lengths."""
-    argv = ["--method", "plain", "sphere", "--epochs", "10", "--eval-every", "10", "--out", str(tmp_path)]
+    """Not a benchmark: six epochs of both, and only the baseline's features have different lengths."""
+    argv = ["--method", "plain", "sphere", "--epochs", "6", "--eval-every", "6", "--out", str(tmp_path)]
     plain, sphere = script.main(argv)["results"]
-    assert sphere["accuracy"] > 0.94 and plain["accuracy"] > 0.94
+    assert sphere["accuracy"] > 0.9 and plain["accuracy"] > 0.9
     assert sphere["norm_spread"] < 1e-6 < 0.02 < plain["norm_spread"]
     assert sphere["angle_accuracy"] > 0.9
     assert len(load_dataset("digits").test_y) == 360  # what these are shares of
