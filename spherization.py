@@ -298,7 +298,7 @@ def layer_peeled(K: int, n: int, lam: float, spherized: bool, seed: int = 0):
         return F.cross_entropy(h @ W.T + bias, y) + lam / (2 * K) * (W.square().sum() + z.square().sum())
 
     W, q = (torch.randn(K, m, generator=generator, dtype=torch.float64) for m in (n + spherized, n))
-    W, q, b = minimise(loss, W, q, torch.zeros(K, dtype=torch.float64), steps=1000)
+    W, q, b = minimise(loss, W, q, torch.zeros(K, dtype=torch.float64), steps=300)
     return W, unpack(W, q, b)[1], unpack(W, q, b)[0], loss(W, q, b).item()
 
 
@@ -396,8 +396,8 @@ def synthetic(folder) -> bool:
     check("n = 512, z = 0, no phi_L: product of sines", 0, product, 0)
 
     # 4. The published toy: both classify; only spherized features all have one length
-    found = {kind: [toy(kind, seed) for seed in range(3)] for kind in (False, True)}
-    check("toy, spherized: accuracy, worst of 3 seeds", 1, min(a for a, _ in found[True]), 0)
+    found = {kind: [toy(kind, seed) for seed in range(2)] for kind in (False, True)}
+    check("toy, spherized: accuracy, worse of 2 seeds", 1, min(a for a, _ in found[True]), 0)
     # the cluster around 0 has z = 0 on average: its one angle is (pi/2 + phi_L)/2
     lean = max(abs(math.degrees(math.atan2(*M[0].flip(0).tolist())) - 45) for _, M in found[True])
     check("   direction of the cluster at the origin off 45 degrees", 0, lean, 0.5)
@@ -1039,7 +1039,7 @@ def draw_figures(folder: Path, runs: list[Run], args: argparse.Namespace) -> lis
         M = class_means(*(torch.from_numpy(a[f"train_{key}"]) for key in "hy"), len(a["W"])).numpy()[y]
         norm = np.linalg.norm(h, axis=1)
         cos = (h * M).sum(1) / np.maximum(norm * np.linalg.norm(M, axis=1), 1e-12)
-        angle, norm = np.degrees(np.arccos(cos.clip(-1, 1))), norm / norm.mean()
+        angle, norm = np.degrees(np.arccos(cos.clip(-1, 1))), norm / max(norm.mean(), 1e-12)
         plot.plot(angle[right], norm[right], ".", color="0.7", ms=3, label="right")
         plot.plot(angle[~right], norm[~right], "x", color="black", ms=5, label="misclassified")
         plot.set(title=name, xlabel="angle to class mean (degrees)", ylabel="norm / mean norm")
