@@ -23,8 +23,19 @@ PERCENT = {
     "many": "many %",
     "medium": "medium %",
     "few": "few %",
+    "fgsm": "FGSM %",
+    "pgd": "PGD %",
+    "noise": "noise %",
+    "blur": "blur %",
+    "brightness": "brightness %",
 }
-PLAIN = {"minority_cosine_W": "minority cos", "nc1": "NC1"}
+PLAIN = {
+    "minority_cosine_W": "minority cos",
+    "nc1": "NC1",
+    "smallest_angle": "smallest angle",
+    "energy": "energy",
+    "within": "within",
+}
 # Where and how a run was written, not what it computed
 LEFT_OUT = {"seed", "eval_every", "compile", "dry_run"}
 
@@ -81,7 +92,7 @@ def markdown(runs: list[tuple[dict, dict]]) -> str:
     lines += [
         "",
         f"All rows: {same}.",
-        f"Groups: {runs[0][1].get('rule', 'as stated')}.",
+        *([f"Groups: {runs[0][1]['rule']}."] if "rule" in runs[0][1] else []),
         f"Hardware: {'; '.join(sorted({config['hardware'] for config, _ in runs}))}; "
         f"{min(minutes):.1f} to {max(minutes):.1f} minutes of training a run.",
         f"Code: commit {', '.join(sorted({config['commit'][:10] for config, _ in runs}))}.",
