@@ -67,6 +67,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from scipy.special import digamma
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -753,17 +754,17 @@ def conclude(args, data: Dataset, fine: Fine | None, run: Run, model, batches, t
 
 # Panels of collapse.png: title, and its curves by key and name; on the test split the key has test_ before it
 PANELS = (
-    ("error (%)", [("error", "error")]),
-    ("NC1: spread within classes", [("nc1", "tr(S_W S_B^+)/K"), ("trace_ratio", "tr S_W / tr S_B")]),
+    ("error (%)", [("error", "")]),
+    ("NC1: spread within classes", [("nc1", "NC1"), ("trace_ratio", "trace ratio")]),
     ("NC2: spread of lengths", [("nc2_equinorm_M", "means"), ("nc2_equinorm_W", "class vectors")]),
-    ("NC2: |cos + 1/(K-1)|", [("nc2_equiangular_M", "means"), ("nc2_equiangular_W", "class vectors")]),
-    ("NC3: distance of W from M", [("nc3", "squared distance")]),
-    ("NC4: not the nearest mean (%)", [("nc4", "mismatch")]),
+    ("NC2: mean |cos + 1/(K-1)|", [("nc2_equiangular_M", "means"), ("nc2_equiangular_W", "class vectors")]),
+    ("NC3: squared distance of W, M", [("nc3", "")]),
+    ("NC4: nearest mean differs (%)", [("nc4", "")]),
 )
 
 
 def save_figure(path: Path, figure: Figure) -> str:
-    write_atomically(path, lambda part: figure.savefig(part, dpi=100))
+    write_atomically(path, lambda part: figure.savefig(part, dpi=80))
     return path.name
 
 
@@ -772,23 +773,26 @@ def draw_collapse(folder: Path, run: Run, title: str) -> str:
     lines = [line for line in run.history if "nc1" in line]
     lines = [x | {"error": 1 - x["train_accuracy"], "test_error": 1 - x["accuracy"]} for x in lines]
     x, zero = [line["epoch"] for line in lines], run.finished["zero_error_epoch"]
-    figure = Figure(figsize=(9.5, 5.6), layout="constrained")
+    figure = Figure(figsize=(10, 5.6), layout="constrained")
     for ax, (name, curves) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
         percent = "%" in name
-        for (key, label), color in zip(curves, ("black", "0.55"), strict=False):
+        for (key, label), color in zip(curves, ("black", "0.6"), strict=False):
             for split, style in (("", "o-"), ("test_", "s--")):
                 if key.endswith("_W") and split:
                     continue  # class vectors have no test split
                 y = np.array([line[split + key] for line in lines], dtype=float) * (100 if percent else 1)
-                kind = {"": "train", "test_": "test"}[split]
-                label_of = f"{label}, {kind}" if not key.endswith("_W") else label
-                ax.plot(x, y, style, color=color, ms=3, label=label_of)
+                ax.plot(x, y, style, color=color, ms=3, label=None if split else label)
         if zero:
             ax.axvline(zero, color="0.7", ls=":", lw=2)
         ax.set(title=name, xlabel="epoch", xscale="log", yscale="linear" if percent else "log")
-        ax.legend(fontsize=7)
-    at = f"dotted: epoch {zero}, the first with 99.9% right" if zero else "zero error was not reached"
-    figure.suptitle(f"{title}: {at}")
+        for axis in (ax.xaxis,) if percent else (ax.xaxis, ax.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_locator(NullLocator())
+        if len(curves) > 1:
+            ax.legend()
+    at = f"Dotted: epoch {zero}, the first with 99.9% right." if zero else "Zero error was not reached."
+    figure.suptitle(f"{title}. Full lines: training images, dashed: test. {at}")
     return save_figure(folder / "collapse.png", figure)
 
 
