@@ -23,6 +23,11 @@ PERCENT = {
     "many": "many %",
     "medium": "medium %",
     "few": "few %",
+    "class_il": "class-IL %",
+    "task_il": "task-IL %",
+    "forgetting": "forgetting %",
+    "backward_transfer": "backward %",
+    "own_energy": "own energy %",
 }
 PLAIN = {"minority_cosine_W": "minority cos", "nc1": "NC1"}
 # Where and how a run was written, not what it computed
@@ -81,7 +86,7 @@ def markdown(runs: list[tuple[dict, dict]]) -> str:
     lines += [
         "",
         f"All rows: {same}.",
-        f"Groups: {runs[0][1].get('rule', 'as stated')}.",
+        *([f"Groups: {runs[0][1]['rule']}."] if "rule" in runs[0][1] else []),
         f"Hardware: {'; '.join(sorted({config['hardware'] for config, _ in runs}))}; "
         f"{min(minutes):.1f} to {max(minutes):.1f} minutes of training a run.",
         f"Code: commit {', '.join(sorted({config['commit'][:10] for config, _ in runs}))}.",
