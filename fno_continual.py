@@ -713,7 +713,7 @@ def train(args, job: Job, flags: dict, data: Dataset, run: Run, device: torch.de
             line |= {"class_il": class_il.tolist(), "task_il": task_il.tolist()}  # a row of the matrix each
             if balanced:
                 line |= collapse(model, batches, pool, data, args.precision)
-            else:  # of test features: they are at hand, and buffer or not, no task's are missing
+            else:  # from test features: they are at hand, and hold every task that was learned
                 met = torch.arange(K) if job.method == "joint" else (task.cpu() <= t).nonzero().flatten()
                 line |= stream_collapse(h, test_y, classifier.W.detach(), met)
             bar.set_postfix(loss=f"{line['loss']:.3f}", class_il=f"{100 * class_il.nanmean():.1f}")
@@ -898,7 +898,7 @@ def draw_forgetting(save, found: dict[Job, list[Run]]) -> None:
         bottom.set(xlabel="tasks learned", ylim=(-3, 103))
     for plot, which in zip(grid[:, 0], ("all tasks so far", "the first task"), strict=True):
         plot.set_ylabel(f"class-IL accuracy (%)\n{which}")
-    grid[0, 0].legend(fontsize=8)
+    grid[0, -1].legend(fontsize=8, loc="lower left")
     save("forgetting.png", figure)
 
 

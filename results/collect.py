@@ -35,6 +35,11 @@ PLAIN = {
     "smallest_angle": "smallest angle",
     "energy": "energy",
     "within": "within",
+    "class_il": "class-IL %",
+    "task_il": "task-IL %",
+    "forgetting": "forgetting %",
+    "backward_transfer": "backward %",
+    "own_energy": "own energy %",
 }
 # Where and how a run was written, not what it computed
 LEFT_OUT = {"seed", "eval_every", "compile", "dry_run"}

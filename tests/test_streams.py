@@ -1,6 +1,9 @@
 """Task splits and the accuracy matrix of common.py against hand-worked examples and plain loops."""
 
+import importlib.util
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -104,3 +107,26 @@ def test_a_task_without_test_images_is_left_out():
     summary = stream_metrics(R)
     assert summary["average"] == pytest.approx(0.65)
     assert summary["forgetting"] == pytest.approx(0.3) and summary["backward_transfer"] == pytest.approx(-0.3)
+
+
+# %% Their table
+
+
+def test_the_table_of_a_stream(tmp_path):
+    path = Path(__file__).resolve().parent.parent / "results" / "collect.py"
+    spec = importlib.util.spec_from_file_location("collect_streams", path)
+    spec.loader.exec_module(collect := importlib.util.module_from_spec(spec))
+    for seed, class_il in ((0, 0.30), (1, 0.32)):
+        (folder := tmp_path / str(seed)).mkdir()
+        config = {
+            "flags": {"method": "er", "mask": True, "seed": seed},
+            "commit": "0" * 40,
+            "hardware": "abacus",
+        }
+        result = {"class_il": class_il, "task_il": 0.9, "forgetting": 0.1, "seconds": 60}
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "result.json").write_text(json.dumps(result))
+    lines = collect.main([str(tmp_path)]).splitlines()
+    assert lines[0] == "| method | seeds | class-IL % | task-IL % | forgetting % |"
+    assert lines[2] == "| `er` | 2 | 31.00 ± 1.41 | 90.00 ± 0.00 | 10.00 ± 0.00 |"
+    assert not any("Groups" in line for line in lines)  # those of the long-tailed tables
