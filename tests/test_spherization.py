@@ -178,7 +178,9 @@ def test_learnable_is_about_the_scale():
     assert len(list(Spherization(3).parameters())) == 1
 
 
-@pytest.mark.parametrize("wrong", [{"n": 0}, {"radius": 0.0}, {"scale": math.nan}, {"delta": 1.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"n": 0}, {"radius": 0.0}, {"scale": math.nan}, {"delta": 1.0}, {"delta": 1e-40}]
+)
 def test_bad_layers(wrong):
     with pytest.raises(ValueError, match="Spherization"):
         Spherization(**{"n": 3, **wrong})
