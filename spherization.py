@@ -105,7 +105,8 @@ class Spherize(torch.autograd.Function):
     A product of thousands of sines just below 1 would add up their rounding errors (2e-5 at n = 4096).
     Instead we compute the complement psi = pi/2 - phi, small where phi is near pi/2, and from it
         cos(phi) = sin(psi) =: c,   log sin(phi) = 1/2 log(1 - c^2),   P_k = r exp(sum_{j<=k} log sin(phi_j))
-    Autograd on the same lines needs five times the memory: that is why the derivative is written out.
+    Left to autograd, the same lines need three to seven times the memory (benchmarks/spherization.py): that
+    is why the derivative is written out.
     """
 
     @staticmethod
@@ -158,7 +159,7 @@ class Spherization(nn.Module):
         self, n: int, radius: float = 5.0, scale: float = 5.0, delta: float = 1e-6, learnable: bool = True
     ):
         super().__init__()
-        if n < 1 or not (0 < radius < math.inf and 0 < scale < math.inf and 0 < delta < 1):
+        if n < 1 or not (0 < radius < math.inf and 0 < scale < math.inf and 1e-30 <= delta < 1):
             raise ValueError(f"Spherization: n {n}, radius {radius}, scale {scale}, delta {delta}")
         self.n, self.radius, self.phi_L = n, radius, lower_bound(n, delta)
         self.s = nn.Parameter(torch.tensor(float(scale)), requires_grad=learnable)
@@ -281,7 +282,7 @@ def minimise(loss, *start: Tensor, steps: int = 200) -> list[Tensor]:
 # [end copied]
 
 
-def layer_peeled(K: int, n: int, lam: float, spherized: bool, seed: int = 0):
+def layer_peeled(K: int, n: int, lam: float, spherized: bool, seed: int = 0) -> tuple:
     """Optimal free pre-activations of K classes, n numbers each: W (K, d), b (K,), features H (K, d), loss.
 
     min mean_k CE(W h_k + b, k) + lam/2K (||W||^2 + ||Z||^2), with ReLU features h = z >= 0 and a free bias b,
@@ -299,7 +300,8 @@ def layer_peeled(K: int, n: int, lam: float, spherized: bool, seed: int = 0):
 
     W, q = (torch.randn(K, m, generator=generator, dtype=torch.float64) for m in (n + spherized, n))
     W, q, b = minimise(loss, W, q, torch.zeros(K, dtype=torch.float64), steps=300)
-    return W, unpack(W, q, b)[1], unpack(W, q, b)[0], loss(W, q, b).item()
+    h, b = unpack(W, q, b)
+    return W, b, h, loss(W, q, b).item()
 
 
 def class_means(h: Tensor, y: Tensor, K: int) -> Tensor:
@@ -359,9 +361,11 @@ def synthetic(folder) -> bool:
         hard = torch.tensor([[0.0], [0.3], [-50.0], [50.0]]).expand(4, n)
         ordinary = torch.randn(32, n, generator=generator)
         z, layer = torch.cat([hard, ordinary, 20 * ordinary]), Spherization(n)
-        with torch.no_grad():
-            x, exact = layer(z), layer(z.double())
+        x = layer(z).detach()
         phi = layer.phi_L + (math.pi / 2 - layer.phi_L) * torch.sigmoid(5 * z.double())
+        one = torch.ones(len(z), 1, dtype=torch.float64)  # the definition, in float64
+        P = torch.cat([one, phi.sin().cumprod(1)], 1)
+        exact = 5 * P * torch.cat([phi.cos(), one], 1)
         farthest = max((x.double().norm(dim=1) / 5).tolist(), key=lambda length: abs(length - 1))
         check(f"n = {n}, float32: norm / radius, farthest from 1", 1, farthest, 1e-6)
         check("   angles by atan2, largest error, rad", 0, (angles(x) - phi).abs().max().item(), 1e-5)
@@ -371,10 +375,9 @@ def synthetic(folder) -> bool:
         if n > 2:
             published = MatrixForm(n)
             with torch.no_grad():
-                px, s, c = published(ordinary).double(), phi[4:36].sin(), phi[4:36].cos()
-            P = torch.cat([torch.ones(32, 1), s.cumprod(1)], 1)[:, :-1]
+                px = published(ordinary).double()
             # each factor is e too large: ||x||/r - 1 = e sum_k P_{k-1}^2 (sin phi_k + cos phi_k) + O(e^2)
-            longer = 1e-6 * (P**2 * (s + c)).sum(1).mean().item()
+            longer = 1e-6 * (P[:, :-1] ** 2 * (phi.sin() + phi.cos()))[4:36].sum(1).mean().item()
             measured = (px.norm(dim=1) / 5 - 1).mean().item()
             check("   published form: norm / radius - 1, in 1e-6", 1e6 * longer, 1e6 * measured, 5)
             worse = (px - exact[4:36]).abs().max() / (x - exact)[4:36].abs().max()
@@ -390,7 +393,7 @@ def synthetic(folder) -> bool:
         theory = 5 * 5 * (math.pi / 2 - layer.phi_L) / 4 * math.sin(middle) ** k
         check(f"n = 300, z = 0: length of dx/dz_{k}", theory, J[:, k].norm().item(), 1e-9)
     G = J.T @ J
-    check("   largest cosine between two of them", 0, (G - G.diag().diag()).abs().max().item(), 1e-9)
+    check("   largest inner product of two of them", 0, (G - G.diag().diag()).abs().max().item(), 1e-9)
     # without phi_L, z = 0 is pi/4 everywhere: sin^512 = 2^-256 is no float32, and no gradient comes through
     product = torch.full((512,), math.pi / 4).sin().prod().item()
     check("n = 512, z = 0, no phi_L: product of sines", 0, product, 0)
@@ -1191,8 +1194,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for flag in ("lr", "width", "radius", "scale", "norm_gap", "tau"):
         if getattr(args, flag) is not None and not 0 < getattr(args, flag) < math.inf:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected a number above 0")
-    if not 0 < args.delta < 1:
-        raise UserError(f"--delta {args.delta}: expected a number between 0 and 1")
+    if not 1e-30 <= args.delta < 1:
+        raise UserError(f"--delta {args.delta}: expected a number from 1e-30, for float32's sake, to 1")
     if not 0 <= args.weight_decay < 1:
         raise UserError(f"--weight-decay {args.weight_decay}: expected a number from 0 to 1")
     args.seed = list(dict.fromkeys(args.seed))
