@@ -214,7 +214,7 @@ def minimise(loss, *start: Tensor, steps: int = 200) -> list[Tensor]:
 
 
 unit = functools.partial(F.normalize, dim=1)
-SHARPER = [4.0**n for n in range(1, 11)]  # s of soft_separation: within 1e-6 of the minimum at the end
+SHARPER = [16.0**n for n in range(1, 6)]  # s of soft_separation: within 1e-6 of the minimum at the end
 
 
 def spread(K: int, d: int, uniformity: str, generator: torch.Generator, epsilon: float = 1.0) -> Tensor:
@@ -394,7 +394,7 @@ def synthetic(folder) -> bool:
 
     # 3. Layer-peeled HUG: features fall onto proxies, proxies to the optimum of their own, whatever else
     balanced, tail = [11] * 10, [100] * 5 + [1] * 5
-    settings = ((balanced, 0.15, 0.015), (tail, 0.15, 0.015), (tail, 0.15, 0.15), (tail, 1.5, 0.015))
+    settings = ((balanced, 0.15, 0.015), (tail, 0.15, 0.015), (tail, 1.5, 0.015))
     for d, shape in ((9, "simplex"), (5, "cross-polytope: K = 2d"), (2, "polygon: K = 10 on a circle")):
         for uniformity, name in names.items():
             print(f"layer-peeled HUG, d = {d}, {shape}, {name}")
