@@ -214,7 +214,7 @@ def minimise(loss, *start: Tensor, steps: int = 200) -> list[Tensor]:
 
 
 unit = functools.partial(F.normalize, dim=1)
-SHARPER = [4.0**n for n in range(1, 11)]  # s of soft_separation: within 1e-6 of the minimum at the end
+SHARPER = [16.0**n for n in range(1, 6)]  # s of soft_separation: within 1e-6 of the minimum at the end
 
 
 def spread(K: int, d: int, uniformity: str, generator: torch.Generator, epsilon: float = 1.0) -> Tensor:
@@ -394,7 +394,7 @@ def synthetic(folder) -> bool:
 
     # 3. Layer-peeled HUG: features fall onto proxies, proxies to the optimum of their own, whatever else
     balanced, tail = [11] * 10, [100] * 5 + [1] * 5
-    settings = ((balanced, 0.15, 0.015), (tail, 0.15, 0.015), (tail, 0.15, 0.15), (tail, 1.5, 0.015))
+    settings = ((balanced, 0.15, 0.015), (tail, 0.15, 0.015), (tail, 1.5, 0.015))
     for d, shape in ((9, "simplex"), (5, "cross-polytope: K = 2d"), (2, "polygon: K = 10 on a circle")):
         for uniformity, name in names.items():
             print(f"layer-peeled HUG, d = {d}, {shape}, {name}")
@@ -924,7 +924,7 @@ def draw_figures(folder: Path, runs: list[Run]) -> list[str]:
         saved.append(name)
 
     # Where the proxies go: how far from the most uniform arrangement, epoch by epoch
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure = Figure(figsize=(9, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, found in by_method.items():
         epochs = [line["epoch"] for line in found[0].history]
@@ -932,13 +932,13 @@ def draw_figures(folder: Path, runs: list[Run]) -> list[str]:
             values = np.mean([[line[key] for line in r.history] for r in found], axis=0)
             plot.plot(epochs, values, markevery=max(1, len(epochs) // 10), **look[name])
     left.axhline(1, ls=":", color="0.5")
-    left.set(xlabel="epoch", yscale="log", ylabel="energy of class vectors / least energy known")
+    left.set(xlabel="epoch", yscale="log", ylabel="energy of class vectors / least known")
     right.set(xlabel="epoch", ylabel="smallest angle of class vectors (degrees)")
     K, d = next(iter(by_method.values()))[0].load_features()["W"].shape
     if known_distances(K, d) is not None:
         best = math.degrees(2 * math.asin(known_distances(K, d).min() / 2))
         right.axhline(best, ls=":", color="0.5", label=f"largest possible: {best:.1f}")
-    right.legend()
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     save("uniformity.png", figure)
 
     figure = Figure(figsize=(6, 4), layout="constrained")
@@ -946,10 +946,9 @@ def draw_figures(folder: Path, runs: list[Run]) -> list[str]:
     for name, found in by_method.items():
         accuracy = 100 * np.mean([r.finished["pgd_curve"] for r in found], axis=0)
         plot.plot(found[0].finished["pgd_radii"], accuracy, **look[name])
-    plot.set(
-        xlabel="linf radius of the attack (255ths of the pixel range)", ylabel="test accuracy under PGD (%)"
-    )
-    plot.legend()
+    plot.set(xlabel="linf radius of the attack (255ths of the pixel range)")
+    plot.set(ylabel="test accuracy under PGD (%)")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     save("robustness.png", figure)
 
     if d in (2, 3):
@@ -962,16 +961,11 @@ def sphere_figure(runs: dict[str, Run], K: int, d: int) -> Figure:
     columns = min(3, len(runs))
     rows = -(-len(runs) // columns)
     figure = Figure(figsize=(3.4 * columns, 3.6 * rows + 0.4), layout="constrained")
-    shades = [
-        str(s) for s in np.tile([0.0, 0.55], K)[:K]
-    ]  # neighbours in label order differ; names tell the rest
+    shades = ["0.0" if k % 2 else "0.55" for k in range(K)]  # the numbers tell which class it is
     for i, (name, run) in enumerate(runs.items()):
         plot = figure.add_subplot(rows, columns, i + 1, projection="3d" if d == 3 else None)
         arrays = run.load_features()
-        x, W = (
-            v / np.maximum(np.linalg.norm(v, axis=1, keepdims=True), 1e-12)
-            for v in (arrays["test_h"], arrays["W"])
-        )
+        x, W = (unit(torch.from_numpy(arrays[key])).numpy() for key in ("test_h", "W"))
         y = arrays["test_y"]
         some = np.random.default_rng(0).permutation(len(x))[:2000]
         # on a circle points hide each other: spread them outwards by chance, which means nothing
