@@ -17,29 +17,47 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import UserError, mean_std, write_atomically
 
-PERCENT = {
+PERCENT = {  # shares; a table shows those that all its runs have
     "accuracy": "last %",
     "best_accuracy": "best %",
     "many": "many %",
     "medium": "medium %",
     "few": "few %",
-    "fgsm": "FGSM %",
-    "pgd": "PGD %",
-    "noise": "noise %",
-    "blur": "blur %",
-    "brightness": "brightness %",
-}
-PLAIN = {
-    "minority_cosine_W": "minority cos",
-    "nc1": "NC1",
-    "smallest_angle": "smallest angle",
-    "energy": "energy",
-    "within": "within",
-    "class_il": "class-IL %",
+    "class_il": "class-IL %",  # fno_continual.py
     "task_il": "task-IL %",
     "forgetting": "forgetting %",
     "backward_transfer": "backward %",
     "own_energy": "own energy %",
+    "fgsm": "FGSM %",  # hug.py
+    "pgd": "PGD %",
+    "noise": "noise %",
+    "blur": "blur %",
+    "brightness": "brightness %",
+    "angle_accuracy": "by angle %",  # spherization.py
+    "near": "near %",
+    "near_wrong": "near, wrong %",
+    "hidden": "hidden %",
+    "hidden_wrong": "hidden, wrong %",
+    "accuracy_1shot": "1-shot %",
+    "interval_1shot": "1-shot ± 95%",
+    "accuracy_5shot": "5-shot %",
+    "interval_5shot": "5-shot ± 95%",
+    "best_validation": "best val. %",
+    "purity": "purity %",  # nc_metrics.py: fine labels recovered from coarse training
+    "probe": "probe %",
+    "oracle_probe": "true labels %",
+}
+PLAIN = {
+    "minority_cosine_W": "minority cos",
+    "nc1": "NC1",
+    "test_nc1": "test NC1",
+    "cdnv": "CDNV",
+    "sister_ratio": "sisters / within",
+    "smallest_angle": "smallest angle",
+    "energy": "energy",
+    "within": "within",
+    "norm_spread": "norm spread",
+    "within_cosine": "within cosine",
 }
 # Where and how a run was written, not what it computed
 LEFT_OUT = {"seed", "eval_every", "compile", "dry_run"}
