@@ -23,8 +23,12 @@ PERCENT = {
     "many": "many %",
     "medium": "medium %",
     "few": "few %",
+    "purity": "purity %",  # these three: fine labels recovered from coarse training (nc_metrics.py)
+    "probe": "probe %",
+    "oracle_probe": "true labels %",
 }
-PLAIN = {"minority_cosine_W": "minority cos", "nc1": "NC1"}
+PLAIN = {"minority_cosine_W": "minority cos", "nc1": "NC1", "test_nc1": "test NC1", "cdnv": "CDNV"}
+PLAIN |= {"sister_ratio": "sisters / within"}
 # Where and how a run was written, not what it computed
 LEFT_OUT = {"seed", "eval_every", "compile", "dry_run"}
 
