@@ -907,7 +907,7 @@ def draw_forgetting(save, found: dict[Job, list[Run]]) -> None:
 
 
 def draw_balanced(save, found: dict[Job, list[Run]]) -> None:
-    """NC and ZNC over epochs of --balanced, first seed: angles and alignment about both centres."""
+    """NC and ZNC over the epochs of --balanced, first seed: spread, angles and alignment."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     grid = figure.subplots(1, 3)
     measures = {"within-class": ("nc1", "znc1"), "angles": ("nc2_equiangular", "znc_mean_cosine"),
@@ -916,7 +916,7 @@ def draw_balanced(save, found: dict[Job, list[Run]]) -> None:
         for job, same in found.items():
             lines = [line for line in same[0].history if "nc1" in line]
             for key, about, style in zip(keys, ("NC", "ZNC"), ("--", "-"), strict=True):
-                values = [max(line[key], 1e-8) for line in lines]
+                values = [line[key] for line in lines]
                 label = f"{job.classifier}, {about}"
                 plot.plot(
                     [line["epoch"] for line in lines],
@@ -925,19 +925,21 @@ def draw_balanced(save, found: dict[Job, list[Run]]) -> None:
                     color=SHADES[job.classifier],
                     label=label,
                 )
-        plot.set(xscale="log", yscale="log", title=name, xlabel="epoch", ylabel="distance from full collapse")
+        plot.set(xscale="log", title=name, xlabel="epoch", ylabel="distance from full collapse")
+        plot.set_ylim(bottom=0)
     grid[0].legend(fontsize=8)
     save("znc.png", figure)
 
 
 def results_table(runs: list[Run]) -> str:
-    """Mean ± std over seeds, a row a learner, classifier, mask and buffer; a joint run has no forgetting."""
+    """Mean ± std over seeds, a row a learner, classifier, mask and buffer; after the last task."""
     percent = ("class_il", "task_il", "forgetting", "backward_transfer", "own_energy")
     rows = []
     for job, same in variants(runs).items():
         found = [run.finished for run in same]
         cells = [mean_std([r[key] for r in found], 1, 100) for key in percent]
         cells += [mean_std([r[key] for r in found], 2) for key in ("old_cosine_W", "znc_mean_cosine")]
+        cells = ["-" if cell.startswith("nan") else cell for cell in cells]  # a joint run's forgetting
         seconds = f"{np.mean([r['seconds'] for r in found]):.0f}"
         which = job.method, job.buffer or "-", job.classifier, "yes" if job.mask else "no"
         rows.append([*which, len(found), *cells, seconds])
