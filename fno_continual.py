@@ -33,12 +33,23 @@ WHAT IT TENDS TO. Orthogonal layer-peeled model: features h >= 0 free, ||h||^2 <
 Zero-mean neural collapse (ZNC): class means are orthogonal about the *origin*. Centred at their own mean they
 are a simplex ETF, as in neural collapse (NC), but one that is not aligned with Q.
 
-    python fno_continual.py                                      digits in 5 tasks; 40 s on two cores
+    python fno_continual.py                                      digits in 5 tasks, 40 s
     python fno_continual.py --synthetic                          the theory above, claim by claim
     python fno_continual.py --balanced                           NC against ZNC, beyond zero training error
     python fno_continual.py --dataset cifar10 --method er der++ --buffer 200 500 --seed 0 1 2
 
-WHAT TO EXPECT. See results/fno_continual.md.
+WHAT TO EXPECT. On digits (5 seeds, buffer of 50), class-IL accuracy and forgetting in %:
+
+             learnable    + mask       fno          + mask
+    sgd      20, 100      46, 28       20, 100      65, 8        FNO needs the mask where there is no replay
+    er       82, 19       79, 9        86, 16       86, 7
+    er-ace   82, 8        82, 9        88, 5        88, 5        it masks by itself
+    der++    87, 14       78, 3        91, 10       88, 3
+    joint    96           -            97           -
+
+FNO adds 4 to 9 points to each learner with replay. The mask halves forgetting and more, but it moves accuracy
+from the newest task to old ones rather than adding to it. CIFAR-10 was run in small, one seed: with DER++ the
+mask is worth 8 to 14 points there, FNO 2 to 7: results/fno_continual.md.
 
 WHERE PAPER, CODE AND THIS FILE DIFFER.
 - The released "masked replay" of ER adds two means, CE_masked(current) + CE(buffer), from two forward passes;
@@ -902,7 +913,10 @@ def draw_forgetting(save, found: dict[Job, list[Run]]) -> None:
         bottom.set(xlabel="tasks learned", ylim=(-3, 103))
     for plot, which in zip(grid[:, 0], ("all tasks so far", "the first task"), strict=True):
         plot.set_ylabel(f"class-IL accuracy (%)\n{which}")
-    grid[0, -1].legend(fontsize=8, loc="lower left")
+    lines = {
+        line.get_label(): line for line in grid[0, 0].get_lines()
+    }  # the variants are the same everywhere
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     save("forgetting.png", figure)
 
 
