@@ -108,6 +108,7 @@ def markdown(runs: list[tuple[dict, dict]]) -> str:
             mean_std([r[m] for r in results], 3 if m in PLAIN else 2, 1 if m in PLAIN else 100)
             for m in measures
         ]
+        cells = ["-" if cell.startswith("nan") else cell for cell in cells]  # not defined for such a run
         rows.append([f"`{f['method']}`", *(str(f.get(n)) for n in differing), str(len(results)), *cells])
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     same = ", ".join(f"{flag(n)} {flags[0][n]}" for n in shared)
