@@ -23,8 +23,23 @@ PERCENT = {
     "many": "many %",
     "medium": "medium %",
     "few": "few %",
+    "angle_accuracy": "by angle %",
+    "near": "near %",
+    "near_wrong": "near, wrong %",
+    "hidden": "hidden %",
+    "hidden_wrong": "hidden, wrong %",
+    "accuracy_1shot": "1-shot %",
+    "interval_1shot": "1-shot ± 95%",
+    "accuracy_5shot": "5-shot %",
+    "interval_5shot": "5-shot ± 95%",
+    "best_validation": "best val. %",
 }
-PLAIN = {"minority_cosine_W": "minority cos", "nc1": "NC1"}
+PLAIN = {
+    "minority_cosine_W": "minority cos",
+    "nc1": "NC1",
+    "norm_spread": "norm spread",
+    "within_cosine": "within cosine",
+}
 # Where and how a run was written, not what it computed
 LEFT_OUT = {"seed", "eval_every", "compile", "dry_run"}
 
@@ -81,7 +96,7 @@ def markdown(runs: list[tuple[dict, dict]]) -> str:
     lines += [
         "",
         f"All rows: {same}.",
-        f"Groups: {runs[0][1].get('rule', 'as stated')}.",
+        *(f"Groups: {result['rule']}." for _, result in runs[:1] if "rule" in result),
         f"Hardware: {'; '.join(sorted({config['hardware'] for config, _ in runs}))}; "
         f"{min(minutes):.1f} to {max(minutes):.1f} minutes of training a run.",
         f"Code: commit {', '.join(sorted({config['commit'][:10] for config, _ in runs}))}.",
