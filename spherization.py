@@ -1156,7 +1156,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--dry-run", action="store_true", help="two steps of one epoch of everything, into OUT/dry-run")
     add("--synthetic", action="store_true", help="check the layer's promises and the layer-peeled model")
     add("--image-size", type=int, default=32, help="pixels, for folder:PATH")
-    add("--train-size", type=int, default=0, help="train on so many images, classes alike; 0: on all")
+    add("--train-size", type=int, default=0, help="so many images, classes alike; 0: all; not for fewshot")
     add("--width", type=float, default=1.0, help="of VGG: channels times this")
     add("--radius", type=float, default=5.0, help="r; the published 2-D and 3-D features had 1")
     add("--scale", type=float, help="s at the start; 5, for 2-D and 3-D features 1")
@@ -1192,6 +1192,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for flag, low in (least | dict(way=2, shots=1, queries=1, episodes=1, test_episodes=2)).items():
         if getattr(args, flag) < low:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected {low} or more")
+    if args.train_size and args.task == "fewshot":
+        raise UserError(f"--train-size {args.train_size}: --task fewshot has episodes, not a training set")
     for flag in ("lr", "width", "radius", "scale", "norm_gap", "tau"):
         if getattr(args, flag) is not None and not 0 < getattr(args, flag) < math.inf:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected a number above 0")
