@@ -33,7 +33,9 @@ adds epsilon = 1e-6 inside each logarithm, which lengthens x (by 0.04% at n = 40
 ones is a cumulative sum: O(n), and without the epsilon exact (`Spherize`; `MatrixForm` is the published one).
 
 WHAT THE SOURCE LEAVES OPEN, and what we chose.
-- `learnable` is about s alone, as in the published runs; r stays fixed. s = r = 5, but 1 for 2-D and 3-D.
+- `learnable` is about s alone, as in the published runs; r stays fixed. s = r = 5, but s = 1 for features of
+  two or three dimensions (published there: s = r = 1, and ten times the steps).
+- `projected` (z scaled to the sphere) is drawn without a ReLU: behind one its few units died in our runs.
 - "Overlapping samples" are published as counts (24.39% of them misclassified for cosine, 0.00% for the
   layer) without a definition or code. Ours: `overlap`, with tau swept. Counts are not comparable.
 - Test images are never used to select anything. The last epoch is reported, the best beside it.
@@ -437,16 +439,15 @@ def synthetic(folder) -> bool:
             else:
                 check("   by angle, 1% noise, at most", 0.9, by_angle, 0, 1)
 
-    # One picture: both with two coordinates. Six classes by angle and norm, or by angle alone
+    # One picture: six classes told apart by the norm on one ray, or by one angle
     figure = Figure(figsize=(7, 3.7), layout="constrained")
-    titles = {(2, False): "two ReLU units, bias", (1, True): "one angle, no bias"}
+    titles = {(1, False): "one ReLU unit and a bias", (1, True): "one angle, no bias"}
     for ax, (key, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
-        H = drawn[key][2]
-        for k, (u, v) in enumerate(H.tolist()):
+        for k, (u, v) in enumerate(F.pad(drawn[key][2], (0, 1))[:, :2].tolist()):
             ax.plot([0, u], [0, v], color="0.8", zorder=1)
             ax.plot(u, v, marker=f"${k}$", color="black", markersize=9, zorder=2)
-        ax.set(title=f"{title}: optimal features", xlabel="first coordinate", ylabel="second coordinate")
-        ax.set_aspect("equal")
+        ax.set(title=title, xlabel="first coordinate of the feature", ylabel="second (none on the left)")
+        ax.set_aspect("equal", adjustable="datalim")
     write_atomically(Path(folder) / "synthetic.png", lambda part: figure.savefig(part, dpi=130))
     print(f"{sum(passed)} of {len(passed)} claims hold; figure: {Path(folder) / 'synthetic.png'}")
     return all(passed)
@@ -1155,7 +1156,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--dry-run", action="store_true", help="two steps of one epoch of everything, into OUT/dry-run")
     add("--synthetic", action="store_true", help="check the layer's promises and the layer-peeled model")
     add("--image-size", type=int, default=32, help="pixels, for folder:PATH")
-    add("--train-size", type=int, default=0, help="train on so many images, classes alike; 0: on all")
+    add("--train-size", type=int, default=0, help="so many images, classes alike; 0: all; not for fewshot")
     add("--width", type=float, default=1.0, help="of VGG: channels times this")
     add("--radius", type=float, default=5.0, help="r; the published 2-D and 3-D features had 1")
     add("--scale", type=float, help="s at the start; 5, for 2-D and 3-D features 1")
@@ -1191,6 +1192,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for flag, low in (least | dict(way=2, shots=1, queries=1, episodes=1, test_episodes=2)).items():
         if getattr(args, flag) < low:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected {low} or more")
+    if args.train_size and args.task == "fewshot":
+        raise UserError(f"--train-size {args.train_size}: --task fewshot has episodes, not a training set")
     for flag in ("lr", "width", "radius", "scale", "norm_gap", "tau"):
         if getattr(args, flag) is not None and not 0 < getattr(args, flag) < math.inf:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected a number above 0")

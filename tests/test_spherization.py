@@ -688,6 +688,7 @@ def fail(argv, capsys, *words):
     (["--delta", "1"], ["--delta 1"]),
     (["--norm-gap", "inf"], ["--norm-gap inf"]),
     (["--weight-decay", "2"], ["--weight-decay 2"]),
+    (["--task", "fewshot", "--train-size", "9"], ["--train-size 9", "episodes"]),
     (["--task", "fewshot", "--way", "6"], ["--dataset digits", "5 train classes", "--way"]),
     (["--task", "fewshot", "--queries", "500"], ["--queries", "505"]),
     (["--task", "fewshot", "--test-episodes", "1"], ["--test-episodes 1", "2 or more"]),
