@@ -867,7 +867,7 @@ def draw_figures(folder: Path, runs: list[Run]) -> list[str]:
 
     def save(name: str, figure: Figure) -> None:
         for plot in figure.axes:
-            if plot.get_xscale() == "linear":  # epochs and classes are whole numbers
+            if plot.get_xlabel() and plot.get_xscale() == "linear":  # epochs, classes: whole numbers
                 plot.xaxis.set_major_locator(MaxNLocator(integer=True))
         write_atomically(folder / name, lambda part: figure.savefig(part, dpi=100))
         saved.append(name)
