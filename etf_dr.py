@@ -28,7 +28,9 @@ REMEDY 2, the loss: with the target known, regress on it. A pull, no push, and t
     python etf_dr.py --synthetic                                  the theory above, claim by claim
     python etf_dr.py --dataset cifar100lt --method ce etf+dr etf+dr+mixup --seed 0 1 2
 
-WHAT TO EXPECT. EXPECT
+WHAT TO EXPECT. On digits, 142 images to 1 (4 seeds, 20 epochs, last epoch): ce 46 ± 3%, ce+mixup 38 ± 7,
+etf+ce 67 ± 1, etf+dr 79 ± 3 (class lengths on), etf+dr+mixup 72 ± 1 (3 seeds); on the rarest classes ce 15,
+etf+ce 46, etf+dr 66. What class lengths contribute, and CIFAR at length, are still to be measured.
 
 PAPER, CODE AND THIS FILE
 - Class lengths. The released configurations of ETF + DR give w_k the length sqrt(gamma / n_k), n_k counted

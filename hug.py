@@ -39,7 +39,10 @@ Where the best proxies are known (r: distance of two points; energies over order
     python hug.py --dataset cifar10 --method all --seed 0 1 2     ResNet-18; for a GPU
     python hug.py --dataset cifar100 --net cnn --per-class 100 --epochs 10 --method ce hug-mhe
 
-EXPECTATIONS_HERE
+WHAT TO EXPECT. On digits with d = 2 (one seed) cross-entropy is right most often, ce 96%, and its ten class
+vectors are not evenly spread (smallest angle 28 degrees, 36 at best); hug-mgd 81%, hug-mhe 78, hug-mhs 69
+and hug-fixed 60 reach 35 to 36 degrees, but their features are still 0.17 to 0.29 away from their class
+mean after 25 epochs (ce 0.08); ce+norm fails (39%). More seeds and CIFAR are still to be run.
 
 WHAT THE SOURCE LEAVES OPEN, and what we chose. Known: the idea, HUG = inter - intra, and alpha / beta =
 0.15/0.015 (MHE), 0.15/0.015 (MHS), 0.15/0.03 (MGD). Reconstructed, not confirmed:

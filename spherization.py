@@ -26,7 +26,9 @@ and the angles become a point of the sphere of radius r in R^(n+1); a linear lay
 Tasks: `retain`, is accuracy kept? `overlap`, what does the norm hide? `visualise`, features of two and three
 dimensions; `fewshot`, prototypical networks, where angles are all that is used.
 
-EXPECT
+WHAT TO EXPECT. On digits (3 seeds) 98.0 ± 0.3% without the layer and 98.4 ± 0.2 with it; by angle alone
+(nearest class mean) 96.7 ± 0.3 and 98.2 ± 0.2. LeNet-5 on MNIST (1 seed): 98.87 and 99.08, by angle 98.55
+and 99.09. The other experiments are still to be run at length: results/spherization.md.
 
 WHAT WE COMPUTE DIFFERENTLY. The published code multiplies log-sines by a triangular (n+1) x (n+1) matrix and
 adds epsilon = 1e-6 inside each logarithm, which lengthens x (by 0.04% at n = 4096). A triangular matrix of

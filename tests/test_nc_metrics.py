@@ -346,7 +346,7 @@ nc_metrics.main({argv!r})
 
 
 def test_killed_and_resumed_is_the_same_to_the_last_bit(tmp_path, no_figures, monkeypatch):
-    """kill -9 while a checkpoint is being renamed; then an interruption in the middle of recovering labels."""
+    """kill -9 while a checkpoint is renamed; then an interruption in the middle of recovering labels."""
     coarse = [*SHORT, "--coarse", "pairs", "--cluster", "l2", "--augment"]
     script.main([*coarse, "--out", str(tmp_path / "whole")])
     broken = [*coarse, "--out", str(tmp_path / "broken")]
