@@ -14,7 +14,7 @@ mu_k, and the means spread out evenly around their own mean mu_G:
     NC2  cos(mu_i - mu_G, mu_j - mu_G) -> -1/(K-1), all of one length: a simplex equiangular tight frame (ETF)
     NC3  w_k -> c (mu_k - mu_G)                 the classifier's vectors copy the means
     NC4  argmax_k w_k . h + b_k = argmin_k ||h - mu_k||
-All of it is stated in the labels, and suggests that nothing but the label is left in h.
+All of it is about the labels, and suggests that nothing but the label is left in h.
 
 WHAT IT HIDES. pinv(Sigma_B) sees the K-1 directions between the class means and no other. Spread that lies
 across them costs NC1 nothing: two sub-clusters in every class, and NC1 = 0 (--synthetic, 3). So we put the
@@ -378,9 +378,9 @@ def synthetic(folder) -> bool:
     K, d, r, sigma = 10, 32, 3.0, 0.2
     etf = simplex_etf(K, d, gen)
     h, y = around(r * etf, sigma)
-    S = one_pass(h, y, K)
-    check("ETF, isotropic spread: NC1 = sigma^2 (K-1)^2 / (K r^2)", 0.036, S.nc1()[0], 1e-12)
-    check("   the same, features in memory", 0.036, StoredStatistics(h, y, K).nc1()[0], 1e-12)
+    S, expected = one_pass(h, y, K), sigma**2 * (K - 1) ** 2 / (K * r**2)
+    check("ETF, isotropic spread: NC1 = sigma^2 (K-1)^2 / (K r^2)", expected, S.nc1()[0], 1e-12)
+    check("   the same, features in memory", expected, StoredStatistics(h, y, K).nc1()[0], 1e-12)
     check("   trace ratio = d sigma^2 / r^2", d * sigma**2 / r**2, S.trace_ratio(), 1e-12)
     check("   CDNV = d sigma^2 (K-1) / (2 K r^2)", d * sigma**2 * (K - 1) / (2 * K * r**2), S.cdnv(), 1e-12)
     part = sigma**2 * (K - 1)
@@ -394,11 +394,9 @@ def synthetic(folder) -> bool:
     h, y = around(r * etf, 1e-5)
     h = (h + 100).float().double()  # on float32's grid: what is left of the spread there is the truth
     truth = one_pass(h, y, K).nc1()[0]
-    for name, S in (
-        ("one pass", one_pass(h.float(), y, K)),
-        ("in memory", StoredStatistics(h.float(), y, K)),
-    ):
-        check(f"float32, spread 1e-5 around 100, {name}: over the truth", 1, S.nc1()[0] / truth, 1e-4)
+    for name, way in (("one pass", one_pass), ("in memory", StoredStatistics)):
+        ratio = way(h.float(), y, K).nc1()[0] / truth
+        check(f"float32, spread 1e-5 around 100, {name}: over the truth", 1, ratio, 1e-4)
     for gap in (1e-2, 1e-4):
         near = torch.cat([etf[:-1], etf[-2:-1] + gap * F.normalize(random(1, d))])
         h, y = around(near, 0.01)
@@ -411,9 +409,7 @@ def synthetic(folder) -> bool:
         M = (near - near.mean(0)).float() / K**0.5
         lost = 0.01**2 * float(torch.linalg.pinv(M.T @ M, hermitian=True).trace()) / K
         if gap < 1e-3:
-            check(
-                "   what float32 and pinv's own cut-off keep of it, at most", 0.01, lost / expected, 0, True
-            )
+            check("   float32 and pinv's own cut-off keep of it at most", 0.01, lost / expected, 0, True)
 
     # 3. What NC1 does not see: two sub-clusters in every class, 2a apart, across the span of the class means
     axis = torch.linalg.svd(etf).Vh[-1]  # orthogonal to all class means
@@ -486,12 +482,8 @@ def synthetic(folder) -> bool:
         b = min(share * reg**2, 0.1)
         weight = torch.tensor([0.2 - b] * 5 + [b] * 5, dtype=torch.float64)
         # sqrt(p) h in place of h makes both penalties plain squared norms, which the optimiser prefers
-        V, _ = minimise(
-            lambda W, G, p=weight: peeled(W, G / p.sqrt()[:, None], p),
-            random(K, 16),
-            random(K, 16),
-            steps=500,
-        )
+        loss = lambda W, G, p=weight: peeled(W, G / p.sqrt()[:, None], p)  # noqa: E731
+        V, _ = minimise(loss, random(K, 16), random(K, 16), steps=500)
         check(f"minority share {name} lam_W lam_H: angle (degrees)", angle, minority_angle(V, few), 0.05)
 
     # 7. A network on four Gaussian clusters in two classes: NC1 falls, the clusters remain. How deep it is
@@ -994,19 +986,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     about = "Neural collapse: its metrics, and the fine-grained structure that they miss."
     formatter = argparse.ArgumentDefaultsHelpFormatter
     add = (parser := Parser("nc_metrics.py", description=about, formatter_class=formatter)).add_argument
-    add(
-        "--dataset", default="digits", help=f"{', '.join(SPECS)}, folder:PATH; long-tailed with lt: cifar10lt"
-    )
+    add("--dataset", default="digits", help=f"{', '.join(SPECS)}, folder:PATH; with lt long-tailed")
     add("--data-dir", type=Path, default="data", help="where NAME.npz is kept and downloads go")
     add("--out", type=Path, default="runs", help="run folders go to OUT/nc_metrics/DATASET/METHOD/seedS")
     add("--method", nargs="+", default=["ce"], choices=[*METHODS, "all"], help="loss, one or more")
     add("--epochs", type=int, help="350; digits 100")
     add("--batch-size", type=int, help="128; digits 64")
-    add(
-        "--lr",
-        type=float,
-        help="first learning rate; 0.068, mnist 0.0133, fashionmnist 0.13, svhn 0.0096, digits 0.05",
-    )
+    add("--lr", type=float, help="0.068; mnist 0.0133, fashionmnist 0.13, svhn 0.0096, digits 0.05")
     add("--weight-decay", type=float, help="on all parameters; 5e-4")
     add("--seed", type=int, nargs="+", default=[0], help="one or more; of weights, order, views and k-means")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where it runs")
@@ -1016,25 +1002,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--overwrite", action="store_true", help="start anew the runs that are there")
     add("--dry-run", action="store_true", help="two steps of one epoch of everything, into OUT/dry-run")
     add("--synthetic", action="store_true", help="check each metric against its closed form")
-    add(
-        "--features",
-        type=Path,
-        help="measure this npz file instead of training; layout: see above in the script",
-    )
+    add("--features", type=Path, help="measure this npz file; its layout stands at the top of the script")
     add("--run", type=Path, help="measure FOLDER/features.npz of a run of any script here")
     add("--json", action="store_true", help="with --features or --run: JSON on stdout instead of the table")
     add("--net", choices=["auto", *NETWORKS], default="auto", help="auto: cnn for digits, else resnet18")
     add("--per-class", type=int, help="training images of each class; mnist 5000, svhn 4600, else all")
-    add(
-        "--augment",
-        action="store_true",
-        help="random crops and flips; published neural-collapse runs have none",
-    )
-    add(
-        "--coarse", choices=["pairs", "superclasses"], help="train on coarse labels and recover the fine ones"
-    )
-    add("--cluster", nargs="+", default=["l2", "raw", "whiten"], choices=CLUSTERINGS, help="how features are "
-        "prepared for k-means; the first is the one that is compared")  # fmt: skip
+    add("--augment", action="store_true", help="random crops and flips; published runs have none")
+    add("--coarse", choices=["pairs", "superclasses"], help="train on coarse labels, recover the fine ones")
+    how = "features for k-means; the first is the one that is compared"
+    add("--cluster", nargs="+", default=["l2", "raw", "whiten"], choices=CLUSTERINGS, help=how)
     add("--grid", action="store_true", help="lr .1 .01 .001 x weight decay 5e-3 5e-4 5e-5, instead of --lr")
     add("--imbalance", type=float, default=100.0, help="largest over smallest class, for lt")
     add("--profile", choices=["exp", "step"], default="exp", help="shape of the long tail, for lt")
@@ -1043,9 +1019,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
 
     if args.grid and (args.lr is not None or args.weight_decay is not None):
-        raise UserError(
-            "--grid: sets learning rate and weight decay itself; leave --lr and --weight-decay out"
-        )
+        raise UserError("--grid: sets both itself; leave --lr and --weight-decay out")
     args.weight_decay = 5e-4 if args.weight_decay is None else args.weight_decay
     name = args.dataset.partition(":")[0]
     recipe = RECIPES.get(name.removesuffix("lt"), PUBLISHED)
@@ -1054,9 +1028,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for flag, value in zip(("epochs", "batch_size", "per_class", "lr"), recipe, strict=True):
         if getattr(args, flag) is None:
             setattr(args, flag, value)
-    args.net = (
-        args.net if args.net != "auto" else "cnn" if name.removesuffix("lt") == "digits" else "resnet18"
-    )
+    if args.net == "auto":
+        args.net = "cnn" if name.removesuffix("lt") == "digits" else "resnet18"
     least = dict(epochs=1, batch_size=4, image_size=1, per_class=2)  # no batch of one: BatchNorm
     for flag, smallest in least.items():
         value = getattr(args, flag)
@@ -1093,9 +1066,7 @@ def load(args: argparse.Namespace) -> tuple[Dataset, Fine | None]:
     for split, y in (("training", data.train_y), ("test", data.test_y)):
         n = torch.bincount(y, minlength=K)
         if K < 2 or n.min() == 0:
-            raise UserError(
-                f"--dataset {args.dataset}: class {int(n.argmin())} has no {split} image, or no rival"
-            )
+            raise UserError(f"--dataset {args.dataset}: class {n.argmin()} has no {split} image, or no rival")
     if args.coarse is None:
         return data, None
     coarse, names = coarse_labels(data.classes, args.coarse)
@@ -1160,17 +1131,8 @@ def fine_table(found: dict) -> str:
             scores = [f"{r[how][key]:.3f}" for key in ("nmi", "ari")]
             oracle = f"{100 * r['oracle_probe']:.2f}"
             rows.append([f"{source}, {how}", *agreement, oracle, *scores, f"{r['sister_ratio']:.3f}"])
-    header = [
-        "features, k-means on",
-        "purity %",
-        "train %",
-        "probe %",
-        "true %",
-        "NMI",
-        "ARI",
-        "sisters / within",
-    ]
-    return table(header, rows)
+    header = ["features, k-means on", "purity %", "train %", "probe %", "true %", "NMI", "ARI"]
+    return table([*header, "sisters / within"], rows)
 
 
 def main(argv: list[str] | None = None) -> dict:
