@@ -90,6 +90,7 @@ from common import (
     metric_device,
     pick_device,
     pick_precision,
+    run_side_by_side,
     shot_groups,
     split_evenly,
     table,
@@ -930,6 +931,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--lr", type=float, default=0.1, help="peak learning rate")
     add("--weight-decay", type=float, default=2e-4, help="on all parameters")
     add("--seed", type=int, nargs="+", default=[0], help="one or more; of weights, order, views and mixing")
+    add("--jobs", type=int, default=1, help="runs at a time, each a process of its own; they share the cores")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where it runs")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="inside the network only")
     add("--compile", action="store_true", help="torch.compile the network")
@@ -955,11 +957,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--ms", choices=["raw", "unit", "dot"], default="raw", help="reading of the Mixed-Singleton loss")
     add("--eval-every", type=int, default=1, help="epochs from test to test; the last is always tested")
     args = parser.parse_args(argv)
+    args.words = sys.argv[1:] if argv is None else argv
 
     epochs, batch_size = RECIPES.get(args.dataset.partition(":")[0].removesuffix("lt"), PUBLISHED)
     args.epochs = epochs if args.epochs is None else args.epochs
     args.batch_size = batch_size if args.batch_size is None else args.batch_size
-    for flag, least in dict(epochs=1, batch_size=2, width=1, eval_every=1, image_size=1).items():
+    for flag, least in dict(epochs=1, jobs=0, batch_size=2, width=1, eval_every=1, image_size=1).items():
         if getattr(args, flag) < least:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected {least} or more")
     for flag in ("lr", "scale", "alpha"):
@@ -980,6 +983,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 # Flags that say where or how often, not what is computed: a run may go on with other values of these.
 NOT_IN_CONFIG = {"out", "data_dir", "method", "seed", "device", "resume", "overwrite", "synthetic"}
+NOT_IN_CONFIG |= {"jobs", "words"}
 
 
 def program(args: argparse.Namespace) -> dict:
@@ -1001,6 +1005,9 @@ def program(args: argparse.Namespace) -> dict:
         size = sum(p.numel() for p in model.parameters() if p.requires_grad)
         print(f"{name}: ResNet-32 and {model['classifier'].head} head, {size:,} parameters; ", end="")
         print(f"seeds {args.seed}, {args.epochs} epochs of {N:,} samples, batch {args.batch_size}")
+    if args.jobs > 1:  # all are finished then, and what follows only reads them
+        run_side_by_side(Path(__file__), args, device)
+        args.resume, args.overwrite = True, False
     runs = []
     for name in args.method:
         for seed in args.seed:
@@ -1015,6 +1022,8 @@ def program(args: argparse.Namespace) -> dict:
                 train(args, name, seed, data, run, device)
                 draw_figures(run.folder, [run])
             runs.append(run)
+    if args.jobs == 0:  # one of several at once: the common table and figures are for the one who started us
+        return {"results": [run.finished for run in runs], "folder": str(folder)}
     print(f"\n{results_table(runs)}\nLast epoch. Groups: {runs[0].finished['rule']}.")
     print("minority cos: mean cosine of the few's class vectors, 1 where the minority has collapsed")
     figures = draw_figures(folder, runs)
@@ -1032,7 +1041,8 @@ def main(argv: list[str] | None = None) -> dict:
     except KeyboardInterrupt:
         words = [w for w in (sys.argv[1:] if argv is None else argv) if w not in ("--resume", "--overwrite")]
         command = shlex.join(["python", "bmls_msclf.py", *words, "--resume"])
-        print(f"\ninterrupted; go on with: {command}", file=sys.stderr)
+        if words[-2:] != ["--jobs", "0"]:  # else the one who started us says it
+            print(f"\ninterrupted; go on with: {command}", file=sys.stderr)
         sys.exit(130)
     if result.get("ok") is False:
         sys.exit(1)

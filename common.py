@@ -19,8 +19,10 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -1198,6 +1200,61 @@ class Run:
         """Write result.json, last of all: its being there means that the run is whole."""
         self._write_text("result.json", json.dumps(result, indent=1))
         self.finished = result
+
+
+def run_side_by_side(script: Path, args, device: torch.device) -> None:
+    """`--jobs N`: each method and seed of args in a process of its own, N at a time; returns when all ended.
+
+    A process is the same command line (args.words) with one --method, one --seed and `--jobs 0`, which trains
+    and leaves the common table and figures to us. On the CPU they share the cores (OMP_NUM_THREADS); of
+    several GPUs each takes one. Each has its own progress bar in a terminal. After a failure no other is
+    started. Raises UserError where one failed; Ctrl-C reaches all of them, and each leaves its checkpoint.
+    """
+    waiting = list(itertools.product(args.method, args.seed))
+    total, began, failed = len(waiting), time.monotonic(), []
+    running: dict[int, tuple[str, subprocess.Popen]] = {}  # by place, 0 to N - 1
+    threads = max(1, (os.cpu_count() or 1) // min(args.jobs, total))
+    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
+
+    def start(place: int) -> None:
+        method, seed = waiting.pop(0)
+        here = {"TQDM_POSITION": str(place), "TQDM_LEAVE": ""}  # tqdm: which line, and that it goes when done
+        here["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
+        if gpus > 1:
+            here["CUDA_VISIBLE_DEVICES"] = visible[place % gpus]
+        words = [*args.words, "--method", method, "--seed", str(seed), "--jobs", "0"]  # the last one counts
+        command = [sys.executable, str(script), *words]
+        process = subprocess.Popen(command, env=os.environ | here, stdout=subprocess.DEVNULL)
+        running[place] = f"{method} seed {seed}", process
+
+    try:
+        while running or (waiting and not failed):
+            for place in range(args.jobs):
+                if place not in running and waiting and not failed:
+                    start(place)
+            time.sleep(0.1)
+            for place, (name, process) in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[place]
+                failed += [name] if process.returncode else []
+                done = f"{total - len(waiting) - len(running)} of {total}"
+                how = "failed" if process.returncode else "done"
+                minutes = (time.monotonic() - began) / 60
+                print(f"{name}: {how} after {minutes:.1f} minutes, {done}", flush=True)
+    except BaseException:  # Ctrl-C in a terminal has reached them already, a signal to us alone has not
+        for _, process in running.values():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(2)
+            process.send_signal(signal.SIGINT)
+        for _, process in running.values():
+            process.wait()
+        raise
+    if failed:
+        left = f"; {len(waiting)} not started" if waiting else ""
+        names = ", ".join(failed)
+        raise UserError(f"--jobs {args.jobs}: {names} failed, as said above{left}; --resume goes on")
 
 
 def mean_std(values: list[float], digits: int = 2, factor: float = 1.0) -> str:

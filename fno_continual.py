@@ -105,6 +105,7 @@ from common import (
     nearest_mean_mismatch,
     pick_device,
     pick_precision,
+    run_side_by_side,
     self_duality,
     split_evenly,
     split_tasks,
@@ -1008,6 +1009,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--lr", type=float, help="learning rate: 0.1, der++ 0.03; --balanced as released")
     add("--weight-decay", type=float, help="on all parameters: 0; --balanced 5e-4")
     add("--seed", type=int, nargs="+", default=[0], help="one or more; of weights, order, views and buffer")
+    add("--jobs", type=int, default=1, help="runs at a time, each a process of its own; they share the cores")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where it runs")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="inside the network only")
     add("--compile", action="store_true", help="torch.compile the network")
@@ -1029,6 +1031,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--augment", action=both, help="crop and flip, replayed images too; digits, (fashion)mnist: no")
     add("--image-size", type=int, default=32, help="pixels, for folder:PATH")
     args = parser.parse_args(argv)
+    args.words = sys.argv[1:] if argv is None else argv
 
     recipe = RECIPES.get(args.dataset, PUBLISHED)
     if args.balanced:
@@ -1044,7 +1047,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.weight_decay is None:
         args.weight_decay = 5e-4 if args.balanced else 0.0
     # three: split evenly, no batch is then a single image, for which BatchNorm has no variance
-    for flag, least in dict(tasks=1, epochs=1, batch_size=3, width=1, image_size=1, per_class=2).items():
+    bounds = dict(tasks=1, epochs=1, jobs=0, batch_size=3, width=1, image_size=1, per_class=2)
+    for flag, least in bounds.items():
         if getattr(args, flag) is not None and getattr(args, flag) < least:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected {least} or more")
     for size in args.buffer:
@@ -1069,6 +1073,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 # Flags that say where or how often, not what is computed: a run may go on with other values of these.
 NOT_IN_CONFIG = {"out", "data_dir", "method", "seed", "device", "resume", "overwrite", "synthetic"}
+NOT_IN_CONFIG |= {"jobs", "words"}
 
 
 def check_stream(args: argparse.Namespace, jobs: list[Job], data: Dataset) -> None:
@@ -1106,6 +1111,9 @@ def program(args: argparse.Namespace) -> dict:
         size = sum(p.numel() for p in model.parameters() if p.requires_grad)
         print(f"{kind} classifier on {args.net}, d = {model['network'].d}: {size:,} parameters to learn")
     print(f"{len(jobs)} variants, seeds {args.seed}, {args.epochs} epochs a task, batch {args.batch_size}")
+    if args.jobs > 1:  # all are finished then, and what follows only reads them
+        run_side_by_side(Path(__file__), args, device)
+        args.resume, args.overwrite = True, False
     runs = []
     for job, seed in itertools.product(jobs, args.seed):
         flags = job_flags(args, job, seed)
@@ -1118,6 +1126,8 @@ def program(args: argparse.Namespace) -> dict:
             train(args, job, flags, data, run, device)
             draw_figures(run.folder, [run])
         runs.append(run)
+    if args.jobs == 0:  # one of several at once: the common table and figures are for the one who started us
+        return {"results": [run.finished for run in runs], "folder": str(folder)}
     if args.balanced:
         floor = 2 - 2 * math.sqrt(1 - 1 / K)
         print(
@@ -1148,7 +1158,8 @@ def main(argv: list[str] | None = None) -> dict:
     except KeyboardInterrupt:
         words = [w for w in (sys.argv[1:] if argv is None else argv) if w not in ("--resume", "--overwrite")]
         command = shlex.join(["python", "fno_continual.py", *words, "--resume"])
-        print(f"\ninterrupted; go on with: {command}", file=sys.stderr)
+        if words[-2:] != ["--jobs", "0"]:  # else the one who started us says it
+            print(f"\ninterrupted; go on with: {command}", file=sys.stderr)
         sys.exit(130)
     if result.get("ok") is False:
         sys.exit(1)

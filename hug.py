@@ -94,6 +94,7 @@ from common import (
     metric_device,
     pick_device,
     pick_precision,
+    run_side_by_side,
     shot_groups,
     split_evenly,
     table,
@@ -1041,6 +1042,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--lr", type=float, default=0.1, help="peak learning rate")
     add("--weight-decay", type=float, default=5e-4, help="on all parameters but proxies")
     add("--seed", type=int, nargs="+", default=[0], help="one or more; of weights, proxies, order and views")
+    add("--jobs", type=int, default=1, help="runs at a time, each a process of its own; they share the cores")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where it runs")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="inside the network only")
     add("--compile", action="store_true", help="torch.compile the network")
@@ -1068,12 +1070,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--image-size", type=int, default=32, help="pixels, for folder:PATH")
     add("--eval-every", type=int, default=1, help="epochs from test to test; the last is always tested")
     args = parser.parse_args(argv)
+    args.words = sys.argv[1:] if argv is None else argv
 
     recipe = RECIPES.get(args.dataset.partition(":")[0].removesuffix("lt"), USUAL)
     for flag, value in zip(("epochs", "batch_size", "net", "dim"), recipe, strict=True):
         if getattr(args, flag) is None:
             setattr(args, flag, value)
-    least = dict(epochs=1, batch_size=3, eval_every=1, image_size=1, attack_steps=2, attack_images=0)
+    least = dict(epochs=1, jobs=0, batch_size=3, eval_every=1, image_size=1, attack_steps=2, attack_images=0)
     least |= {flag: n for flag, n in (("dim", 2), ("per_class", 1)) if getattr(args, flag) is not None}
     for flag, n in least.items():
         if getattr(args, flag) < n:
@@ -1094,6 +1097,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 # Flags that say where or how often, not what is computed: a run may go on with other values of these.
 NOT_IN_CONFIG = {"out", "data_dir", "method", "seed", "device", "resume", "overwrite", "synthetic"}
+NOT_IN_CONFIG |= {"jobs", "words"}
 
 
 def program(args: argparse.Namespace) -> dict:
@@ -1125,6 +1129,9 @@ def program(args: argparse.Namespace) -> dict:
         d = model["head"].W.shape[1]
         print(f"{name}: {args.net}, d = {d}, {size:,} parameters; ", end="")
         print(f"seeds {args.seed}, {args.epochs} epochs of {N:,} samples, batch {args.batch_size}")
+    if args.jobs > 1:  # all are finished then, and what follows only reads them
+        run_side_by_side(Path(__file__), args, device)
+        args.resume, args.overwrite = True, False
     runs = []
     for name in args.method:
         for seed in args.seed:
@@ -1139,6 +1146,8 @@ def program(args: argparse.Namespace) -> dict:
                 train(args, name, seed, data, run, device)
                 draw_figures(run.folder, [run])
             runs.append(run)
+    if args.jobs == 0:  # one of several at once: the common table and figures are for the one who started us
+        return {"results": [run.finished for run in runs], "folder": str(folder)}
     attacked = min(args.attack_images or len(data.test_y), len(data.test_y))
     print(f"\n{results_table(runs)}\nLast epoch. FGSM, PGD-{args.attack_steps}: linf ", end="")
     print(
@@ -1160,7 +1169,8 @@ def main(argv: list[str] | None = None) -> dict:
     except KeyboardInterrupt:
         words = [w for w in (sys.argv[1:] if argv is None else argv) if w not in ("--resume", "--overwrite")]
         command = shlex.join(["python", "hug.py", *words, "--resume"])
-        print(f"\ninterrupted; go on with: {command}", file=sys.stderr)
+        if words[-2:] != ["--jobs", "0"]:  # else the one who started us says it
+            print(f"\ninterrupted; go on with: {command}", file=sys.stderr)
         sys.exit(130)
     if result.get("ok") is False:
         sys.exit(1)

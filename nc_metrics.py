@@ -100,6 +100,7 @@ from common import (
     pick_device,
     pick_precision,
     riesz_energy,
+    run_side_by_side,
     self_duality,
     simplex_etf_distance,
     split_evenly,
@@ -996,6 +997,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--lr", type=float, help="0.068; mnist 0.0133, fashionmnist 0.13, svhn 0.0096, digits 0.05")
     add("--weight-decay", type=float, help="on all parameters; 5e-4")
     add("--seed", type=int, nargs="+", default=[0], help="one or more; of weights, order, views and k-means")
+    add("--jobs", type=int, default=1, help="runs at a time, each a process of its own; they share the cores")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where it runs")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="inside the network only")
     add("--compile", action="store_true", help="torch.compile the network")
@@ -1018,6 +1020,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--subset-seed", type=int, default=0, help="which images a class keeps, for lt and --per-class")
     add("--image-size", type=int, default=32, help="pixels, for folder:PATH")
     args = parser.parse_args(argv)
+    args.words = sys.argv[1:] if argv is None else argv
 
     if args.grid and (args.lr is not None or args.weight_decay is not None):
         raise UserError("--grid: sets both itself; leave --lr and --weight-decay out")
@@ -1031,7 +1034,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             setattr(args, flag, value)
     if args.net == "auto":
         args.net = "cnn" if name.removesuffix("lt") == "digits" else "resnet18"
-    least = dict(epochs=1, batch_size=4, image_size=1, per_class=2)  # no batch of one: BatchNorm
+    least = dict(epochs=1, jobs=0, batch_size=4, image_size=1, per_class=2)  # no batch of one: BatchNorm
     for flag, smallest in least.items():
         value = getattr(args, flag)
         if value is not None and value < smallest:
@@ -1053,6 +1056,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 # Flags that say where or how often, not what is computed: a run may go on with other values of these.
 NOT_IN_CONFIG = {"out", "data_dir", "method", "seed", "device", "resume", "overwrite", "synthetic"}
+NOT_IN_CONFIG |= {"jobs", "words"}
 NOT_IN_CONFIG |= {"features", "run", "json", "grid"}
 
 
@@ -1093,6 +1097,9 @@ def program(args: argparse.Namespace) -> dict:
     print(f"{hardware(device)}, {args.precision}; into {folder}")
     print(f"{args.net}, {size:,} parameters; losses {args.method}, seeds {args.seed}; ", end="")
     print(f"{args.epochs} epochs of {N:,} images, batch {args.batch_size}")
+    if args.jobs > 1:  # all are finished then, and what follows only reads them
+        run_side_by_side(Path(__file__), args, device)
+        args.resume, args.overwrite = True, False
     runs = []
     for lr, weight_decay in GRID if args.grid else [(args.lr, args.weight_decay)]:
         args.lr, args.weight_decay = lr, weight_decay
@@ -1112,6 +1119,8 @@ def program(args: argparse.Namespace) -> dict:
                 if fine:
                     draw_fine(run.folder, run, fine)
                 runs.append(run)
+    if args.jobs == 0:  # one of several at once: the common table and figures are for the one who started us
+        return {"results": [run.finished for run in runs], "folder": str(folder)}
     print(f"\n{results_table(runs)}")
     print("Last epoch. NC1, CDNV, NC3: on training features, but for test NC1.")
     if fine:
@@ -1146,7 +1155,8 @@ def main(argv: list[str] | None = None) -> dict:
     except KeyboardInterrupt:
         words = [w for w in (sys.argv[1:] if argv is None else argv) if w not in ("--resume", "--overwrite")]
         command = shlex.join(["python", "nc_metrics.py", *words, "--resume"])
-        print(f"\ninterrupted; go on with: {command}", file=sys.stderr)
+        if words[-2:] != ["--jobs", "0"]:  # else the one who started us says it
+            print(f"\ninterrupted; go on with: {command}", file=sys.stderr)
         sys.exit(130)
     if result.get("ok") is False:
         sys.exit(1)

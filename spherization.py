@@ -81,6 +81,7 @@ from common import (
     metric_device,
     pick_device,
     pick_precision,
+    run_side_by_side,
     split_evenly,
     table,
     write_atomically,
@@ -1150,6 +1151,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--lr", type=float, help="first learning rate; as published")
     add("--weight-decay", type=float, help="on all parameters; as published")
     add("--seed", type=int, nargs="+", default=[0], help="one or more; of weights, order, views and episodes")
+    add("--jobs", type=int, default=1, help="runs at a time, each a process of its own; they share the cores")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where it runs")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="below the layer only")
     add("--compile", action="store_true", help="torch.compile the network")
@@ -1173,6 +1175,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--test-episodes", type=int, default=2000, help="of the test")
     add("--eval-every", type=int, default=1, help="epochs from test to test; the last is always tested")
     args = parser.parse_args(argv)
+    args.words = sys.argv[1:] if argv is None else argv
 
     args.network = args.network or default_network(args.task, args.dataset)
     fits = BACKBONES if args.task == "fewshot" else NETWORKS
@@ -1190,7 +1193,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for key, value in recipe(args)._asdict().items():
         if key in args and getattr(args, key) is None:
             setattr(args, key, value)
-    least = dict(epochs=1, batch_size=1, eval_every=1, image_size=1, train_size=0)
+    least = dict(epochs=1, jobs=0, batch_size=1, eval_every=1, image_size=1, train_size=0)
     for flag, low in (least | dict(way=2, shots=1, queries=1, episodes=1, test_episodes=2)).items():
         if getattr(args, flag) < low:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected {low} or more")
@@ -1223,6 +1226,7 @@ def balanced_subset(y: Tensor, K: int, size: int) -> Tensor:
 
 # Flags that say where or how often, not what is computed: a run may go on with other values of these.
 NOT_IN_CONFIG = {"out", "data_dir", "method", "seed", "device", "resume", "overwrite", "synthetic"}
+NOT_IN_CONFIG |= {"jobs", "words"}
 
 
 def program(args: argparse.Namespace) -> dict:
@@ -1253,6 +1257,9 @@ def program(args: argparse.Namespace) -> dict:
         size = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
         print(f"{name}: {args.network}, {size:,} parameters; seeds {args.seed}, ", end="")
         print(f"{args.epochs} epochs, {args.optimizer} at {args.lr:g}")
+    if args.jobs > 1:  # all are finished then, and what follows only reads them
+        run_side_by_side(Path(__file__), args, device)
+        args.resume, args.overwrite = True, False
     runs = []
     for name in args.method:
         for seed in args.seed:
@@ -1267,6 +1274,8 @@ def program(args: argparse.Namespace) -> dict:
                 train(args, name, seed, data, run, device)
                 draw_figures(run.folder, [run], args)
             runs.append(run)
+    if args.jobs == 0:  # one of several at once: the common table and figures are for the one who started us
+        return {"results": [run.finished for run in runs], "folder": str(folder)}
     print(f"\n{results_table(runs, args)}")
     if args.task == "fewshot":
         print(f"{args.way}-way, {args.test_episodes:,} test episodes; trained with {args.shots} shots")
@@ -1291,7 +1300,8 @@ def main(argv: list[str] | None = None) -> dict:
     except KeyboardInterrupt:
         words = [w for w in (sys.argv[1:] if argv is None else argv) if w not in ("--resume", "--overwrite")]
         command = shlex.join(["python", "spherization.py", *words, "--resume"])
-        print(f"\ninterrupted; go on with: {command}", file=sys.stderr)
+        if words[-2:] != ["--jobs", "0"]:  # else the one who started us says it
+            print(f"\ninterrupted; go on with: {command}", file=sys.stderr)
         sys.exit(130)
     if result.get("ok") is False:
         sys.exit(1)
