@@ -189,6 +189,20 @@ def test_the_gradient_is_the_derivative():
 # %% Collapse and coincidence
 
 
+@pytest.mark.parametrize("gap", [1e-3, 1e-5, 3e-7])
+@pytest.mark.parametrize("measure", [script.separation, lambda W: -script.riesz_energy(W, 2)])
+def test_proxies_that_nearly_coincide_are_torn_apart(measure, gap):
+    """In float32 2 - 2 cos is 0 or below for angles up to 5e-4: two proxies would stick together for ever."""
+    stuck = 0
+    for angle in torch.linspace(0, 6.2, 40).tolist():
+        a = torch.tensor([angle, angle + gap, angle + 2])
+        W = torch.stack([a.cos(), a.sin()], 1).requires_grad_()  # (3, 2)
+        (G,) = torch.autograd.grad(measure(W), W)
+        apart = W.detach()[1] - W.detach()[0]
+        stuck += not float(G[1] @ apart) > 0 > float(G[0] @ apart)  # ascent moves them away from each other
+    assert stuck == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", KINDS)
 def test_finite_where_proxies_coincide_and_features_sit_on_them(kind, dtype):
