@@ -1,0 +1,181 @@
+"""One epoch of training, three ways in one run: images per second of ResNet-32 and ResNet-18 at batch 128.
+
+    python benchmarks/training.py                 # some minutes on two cores; wants a quiet machine
+    python benchmarks/training.py --device cuda
+    python benchmarks/training.py --memory        # peak memory of each script; CIFAR in --data-dir
+
+(a) ceiling   forward, backward and step on one batch that is there already, in the precision and memory
+              layout of (b): what no loader and no bookkeeping can beat
+(b) ours      an epoch of the script's own `train`, as metrics.jsonl records it: bmls_msclf.py's ce with
+              ResNet-32, hug.py's ce with ResNet-18. Order, crops, flips, normalisation and losses included,
+              test and figures not
+(c) usual     fp32, NCHW, a DataLoader with two workers that crop and flip PIL images one by one, `.item()`
+              after every step
+
+Images are random, 32 x 32, of 100 classes: no speed here depends on what is in them. Each way has one epoch
+to warm up and then the best of three, in turn, so that a machine that slows down slows all of them.
+"""
+
+import argparse
+import itertools
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from loader import MEAN, STD, PILImages  # the benchmark beside this one
+
+import bmls_msclf
+import hug
+from common import Dataset, Run, hardware, pick_device, pick_precision, split_evenly, table
+
+ROOT, BATCH = Path(__file__).resolve().parent.parent, 128
+NETWORKS = {  # script and flags
+    "ResNet-32": (bmls_msclf, ["--dataset", "cifar100"]),
+    "ResNet-18": (hug, ["--dataset", "cifar100", "--attack-images", "1", "--attack-steps", "2"]),
+}
+
+
+def random_data(N: int) -> Dataset:
+    """N training images and a few to test on, which is not timed."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (N + 200, 32, 32, 3), dtype=torch.uint8, generator=generator)
+    labels = torch.arange(N + 200) % 100
+    classes = tuple(map(str, range(100)))
+    splits = images[:N], labels[:N], images[N:], labels[N:]
+    return Dataset(*splits, classes, torch.tensor(MEAN), torch.tensor(STD), pad=4, flip=True)
+
+
+def build(script, args, data):
+    method = bmls_msclf.METHODS["ce"] if script is bmls_msclf else hug.pick_method(args, "ce")
+    return script.build_model(args, method, data)
+
+
+def step(model, optimizer, x, y, bf16: bool):
+    head = model["classifier" if "classifier" in model else "head"]
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+        h = model["network"](x)
+    loss = F.cross_entropy(head(h)[2], y)  # features, class vectors, logits
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss
+
+
+def ceiling(script, args, data, device):
+    """(a): as many steps as an epoch has, all on one batch."""
+    model = build(script, args, data).to(device, memory_format=torch.channels_last).train()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=2e-4)
+    x = torch.randn(BATCH, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
+    y = torch.arange(BATCH, device=device) % 100
+    steps = len(split_evenly(len(data.train_y), BATCH))
+
+    def epoch():
+        for _ in range(steps):
+            step(model, optimizer, x, y, args.precision == "bf16")
+        return steps * BATCH
+
+    return epoch
+
+
+def usual(script, args, data, device):
+    """(c): what a first script for CIFAR looks like."""
+    model = build(script, args, data).to(device).train()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=2e-4)
+    images = PILImages(data.train_x, data.train_y)
+    loader = DataLoader(images, BATCH, shuffle=True, num_workers=2, pin_memory=device.type == "cuda")
+
+    def epoch():
+        total = 0.0
+        for x, y in loader:
+            total += step(model, optimizer, x.to(device), y.to(device), False).item() * len(y)
+        return len(data.train_y)
+
+    return epoch
+
+
+def ours(script, args, data, device, epochs: int) -> list[float]:
+    """(b): images per second of each epoch but the first, from the run folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(Path(folder), {}, Path(script.__file__), device=device)
+        args.epochs = args.eval_every = epochs
+        script.train(args, "ce", 0, data, run, device)
+        seconds = [line["seconds"] for line in run.history]
+    return [len(data.train_y) / (after - before) for before, after in itertools.pairwise(seconds)]
+
+
+def timed(epoch, wait) -> float:
+    """Images per second of one epoch."""
+    wait()
+    began = time.perf_counter()
+    n = epoch()
+    wait()
+    return n / (time.perf_counter() - began)
+
+
+def speed(args, device) -> None:
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    precision = pick_precision("auto", device)
+    print(f"{hardware(device)}; (a) and (b) in {precision}, channels_last\n")
+    data, rows = random_data(args.images or (10_847 if device.type == "cuda" else 4 * BATCH)), []
+    for name, (script, words) in NETWORKS.items():
+        flags = script.parse([*words, "--batch-size", str(BATCH)])
+        flags.precision = precision
+        a, c = (way(script, flags, data, device) for way in (ceiling, usual))
+        rates = {"a": [], "b": [], "c": []}
+        for repeat in range(4):  # the first to warm up
+            for key, epoch in (("a", a), ("c", c)):
+                rate = timed(epoch, wait)
+                rates[key] += [rate] if repeat else []
+            rates["b"] += ours(script, flags, data, device, 2) if repeat else []
+        best = {key: max(found) for key, found in rates.items()}
+        for key, what in (("a", "ceiling"), ("b", "ours"), ("c", "usual")):
+            shares = f"{100 * best[key] / best['a']:.0f}", f"{best[key] / best['c']:.2f}"
+            rows.append([f"{name}, ({key}) {what}", f"{best[key]:,.0f}", *shares])
+    print(table(["one epoch", "images/s", "% of (a)", "times (c)"], rows))
+    print("\ntargets: (b) at least 95% of (a), at least 2 times (c) on two cores with AMX, 10 on one H100")
+
+
+def memory(args) -> None:
+    """Peak resident memory of two steps and a test of each script, at its default and for CIFAR."""
+    cifar = {
+        "bmls_msclf": ["cifar100lt"], "etf_dr": ["cifar100lt"], "hug": ["cifar10", "--method", "ce"],
+        "nc_metrics": ["cifar10"], "spherization": ["cifar10", "--network", "vgg11"],
+        "fno_continual": ["cifar10"],
+    }  # fmt: skip
+    rows = []
+    for script, words in cifar.items():
+        cells = []
+        for extra in ([], ["--dataset", *words, "--data-dir", str(args.data_dir)]):
+            with tempfile.TemporaryDirectory() as folder:
+                command = [sys.executable, str(ROOT / f"{script}.py"), "--dry-run", "--out", folder, *extra]
+                process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+                _, status, usage = os.wait4(process.pid, 0)
+            cells.append(f"{usage.ru_maxrss / 2**20:.2f}" if status == 0 else "failed")  # Linux counts in KiB
+        rows.append([f"{script}.py", *cells, words[0]])
+    print(table(["peak memory (GiB)", "default", "CIFAR", "data set"], rows))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    parser.add_argument("--images", type=int, help="of an epoch; 10,847 (CIFAR-100-LT) on CUDA, else 512")
+    parser.add_argument("--memory", action="store_true", help="peak memory of each script instead")
+    parser.add_argument("--data-dir", type=Path, default="data")
+    args = parser.parse_args()
+    if args.images is not None and args.images < 2 * BATCH:
+        parser.error(f"--images {args.images}: expected {2 * BATCH} or more, two steps")
+    memory(args) if args.memory else speed(args, pick_device(args.device))
+
+
+if __name__ == "__main__":
+    main()
