@@ -22,6 +22,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -547,8 +548,23 @@ class _Ahead:
             return error
 
 
-def _ignore_interrupt(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the program ends its workers
+@contextlib.contextmanager
+def _interrupt_waits() -> Iterator[None]:
+    """Holds Ctrl-C back until the block ends, and for good in the processes that are forked in it.
+
+    For starting and ending workers: halfway through either, torch leaves some or swallows the interrupt.
+    """
+    if threading.current_thread() is not threading.main_thread():  # only the main thread hears of signals
+        yield
+        return
+    heard = []
+    before = signal.signal(signal.SIGINT, lambda *_: heard.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if heard:
+        raise KeyboardInterrupt
 
 
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -613,20 +629,21 @@ class Batches:
             sampler=parts,
             num_workers=min(WORKERS, len(parts)),
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=_ignore_interrupt,
             generator=torch.Generator(),  # else it draws from torch's own, and dropout would be another one
         )
-        ahead = iter(loader)
         try:
+            with _interrupt_waits():
+                ahead = iter(loader)
             for left in reversed(range(len(parts))):
                 x = next(ahead)
                 if isinstance(x, UserError):
                     raise x
-                if left == 0:
-                    ahead = None  # the last batch is here: the workers end now, not when this generator does
-                yield self._normalise(x)
-        finally:
-            ahead = None  # so that a traceback, which holds this frame, does not keep the workers
+                if left:
+                    yield self._normalise(x)
+        finally:  # the workers end here: after an error, or before the last batch is handed out
+            with _interrupt_waits():
+                ahead = None
+        yield self._normalise(x)
 
 
 def split_evenly(T: int, batch_size: int) -> list[slice]:
