@@ -703,12 +703,13 @@ def train(args, name: str, seed: int, data: Dataset, run: Run, device: torch.dev
             group["lr"] = learning_rate(epoch, args)
         losses = torch.zeros(len(parts), device=device)  # read once an epoch: no step waits for the host
         model.train()
+        images_a, images_b = (batches.sequence(view, parts) for view in (view_a, view_b))
         for step, part in enumerate(parts):
             share = lam[step : step + 1] if args.lam == "batch" else lam[part]  # (1,) or (B,)
-            x = batches.load(view_a[part])
+            x = next(images_a)
             if method.loss != "ce":
                 mix = share[:, None, None, None]
-                x = mix * x + (1 - mix) * batches.load(view_b[part])  # (B, C, H, W)
+                x = mix * x + (1 - mix) * next(images_b)  # (B, C, H, W)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 h = network(x)
             h, W, z = classifier(h)
@@ -772,9 +773,9 @@ def evaluate(model: nn.ModuleDict, batches: Batches, precision: str) -> tuple[Te
     model.eval()
     views = batches.views(torch.arange(batches.N))
     hs, zs = [], []
-    for part in split_evenly(batches.N, 1000):
+    for x in batches.sequence(views, split_evenly(batches.N, 1000)):
         with torch.autocast(batches.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            h = model["network"](batches.load(views[part]))
+            h = model["network"](x)
         h, _, z = model["classifier"](h)
         hs.append(h)
         zs.append(z)

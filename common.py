@@ -3,7 +3,7 @@
     from common import Batches, Run, load_dataset, ...
 
 Three parts, each under its own banner:
-    Data      load_dataset -> Dataset (uint8, in memory); long tails; sampling orders; Batches, the loader
+    Data      load_dataset -> Dataset (uint8); long tails; sampling orders; Batches, the loader
     Metrics   accuracy by class and by class size, calibration, neural collapse in one pass, clustering
     Record    the run folder: config, metrics by epoch, checkpoint, result, features
 
@@ -22,7 +22,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +32,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, get_worker_info
 
 
 class UserError(Exception):
@@ -60,11 +63,15 @@ SPECS = {
 
 
 class Dataset(NamedTuple):
-    """A data set in memory. Images are uint8 (N, H, W, C); labels int64 (N,); mean and std (C,) in [0, 1]."""
+    """A data set. Images are uint8 (N, H, W, C); labels int64 (N,); mean and std (C,) in [0, 1].
 
-    train_x: Tensor
+    The images of a folder too large for memory are FolderImages: shape and indexing are a tensor's, pixels
+    come from `decode` or through Batches.
+    """
+
+    train_x: "Tensor | FolderImages"
     train_y: Tensor
-    test_x: Tensor
+    test_x: "Tensor | FolderImages"
     test_y: Tensor
     classes: tuple[str, ...]
     mean: Tensor  # of the full training split, so that a long tail does not move it
@@ -106,7 +113,10 @@ def load_dataset(
         raise UserError(
             f"--dataset {name}: unknown; one of {names}, folder:PATH, or one of them with lt (cifar100lt)"
         )
-    train_x, train_y, test_x, test_y = (torch.from_numpy(arrays[key]) for key in _ARRAYS)
+    train_x, train_y, test_x, test_y = (
+        images if isinstance(images, FolderImages) else torch.from_numpy(images)
+        for images in (arrays[key] for key in _ARRAYS)
+    )
     mean, std = _channel_statistics(train_x)
     if long_tailed:
         keep = long_tail_subset(train_y, len(arrays["classes"]), imbalance, profile, subset_seed)
@@ -118,17 +128,20 @@ def load_dataset(
 _ARRAYS = ("train_x", "train_y", "test_x", "test_y")
 
 
-def _channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+def _channel_statistics(images: "Tensor | FolderImages") -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each channel over all pixels, exact, from counts of the 256 values.
 
     (The often-copied CIFAR-10 std .2023, .1994, .2010 averages the images' own stds; over pixels it is .247.)
     """
+    counts = torch.zeros(images.shape[3], 256, dtype=torch.long)
+    for start in range(0, len(images), 1000):  # counts add up exactly, so streamed images give the same bits
+        chunk = images[start : start + 1000]
+        chunk = chunk.decode() if isinstance(chunk, FolderImages) else chunk
+        for count, channel in zip(counts, chunk.unbind(3), strict=True):
+            count += torch.bincount(channel.flatten(), minlength=256)
     values = torch.arange(256, dtype=torch.float64) / 255
     mean, std = [], []
-    for channel in range(images.shape[3]):
-        share = (
-            torch.bincount(images[..., channel].flatten(), minlength=256).double() / images[..., 0].numel()
-        )
+    for share in counts.double() / counts[0].sum():
         mean.append((share * values).sum())
         std.append((share * (values - mean[-1]) ** 2).sum().sqrt())
     return torch.stack(mean).float(), torch.stack(std).float().clamp_min(
@@ -237,50 +250,97 @@ def _read_torchvision(name: str, data_dir: Path) -> dict[str, np.ndarray]:
     return {**arrays, "classes": np.array([str(c) for c in classes])}
 
 
-_FOLDER_LIMIT = 32 * 2**30  # bytes of decoded images that we hold; ImageNet-LT at 224 pixels has 17.4e9
+def _memory() -> int:
+    """Bytes of memory this machine has; a large number where the system does not say (Windows)."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return 2**40
 
 
-def _read_folder(path: Path, size: int) -> dict[str, np.ndarray]:
-    """PATH/train/CLASS/* and PATH/test/CLASS/*, read by torchvision's ImageFolder, cut to (size, size)."""
-    from PIL import Image
-    from torchvision import datasets, transforms
+# Bytes of a folder's decoded images that we hold; more than that streams from disk. ImageNet-LT at 224 pixels
+# has 25e9. A third of the memory, since the loader's padded copy takes more than as much again.
+_FOLDER_LIMIT = min(32 * 2**30, _memory() // 3)
+
+
+class FolderImages:
+    """Image files that stand for a uint8 tensor (N, size, size, 3) too large for memory.
+
+    `shape`, `len`, `images[slice, mask or index tensor]` are a tensor's, the last again FolderImages: no file
+    is opened before `decode`, and no pixels are kept.
+    """
+
+    def __init__(self, files: list[str], size: int):
+        self.files, self.size = files, size
+        self.shape = (len(files), size, size, 3)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: slice | Tensor) -> "FolderImages":
+        chosen = torch.arange(len(self))[index]  # (n,): whatever selects from a tensor selects here
+        return FolderImages([self.files[i] for i in chosen.tolist()], self.size)
+
+    def decode(self) -> Tensor:
+        """All of them, uint8 (N, size, size, 3). Raises UserError for a file that is no readable image."""
+        images = np.empty(self.shape, dtype=np.uint8)
+        # PIL decodes outside the interpreter lock; a worker of a DataLoader is already one of many
+        with ThreadPoolExecutor(1 if get_worker_info() else None) as pool:
+            for i, image in enumerate(pool.map(self._decode_file, self.files)):
+                images[i] = image
+        return torch.from_numpy(images)
+
+    def _decode_file(self, file: str) -> np.ndarray:
+        from PIL import Image
+        from torchvision.transforms import functional as TF
+
+        try:
+            with Image.open(file) as image:
+                return np.asarray(TF.center_crop(TF.resize(image.convert("RGB"), self.size), self.size))
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all are Pillow's
+            raise UserError(f"{file}: not a readable image ({error}); mend or remove it") from None
+
+
+def concatenate(a: Tensor | FolderImages, b: Tensor | FolderImages) -> Tensor | FolderImages:
+    """The images of a and, after them, those of b; both tensors or both FolderImages."""
+    return FolderImages(a.files + b.files, a.size) if isinstance(a, FolderImages) else torch.cat([a, b])
+
+
+def _read_folder(path: Path, size: int) -> dict[str, np.ndarray | FolderImages]:
+    """PATH/train/CLASS/* and PATH/test/CLASS/*, found by torchvision's ImageFolder, cut to (size, size).
+
+    Decoded where all of it fits into memory, else both splits as FolderImages. Raises UserError.
+    """
+    from torchvision import datasets
 
     if size < 1:
         raise UserError(f"--image-size {size}: expected a number of pixels, 1 or more")
-    cut = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size)])
-
-    def decode(item: tuple[str, int]) -> np.ndarray:
-        try:
-            with Image.open(item[0]) as image:
-                return np.asarray(cut(image.convert("RGB")))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all are Pillow's
-            raise UserError(f"{item[0]}: not a readable image ({error}); mend or remove it") from None
-
-    arrays, classes = {}, None
+    found = {}
     for split in ("train", "test"):
         try:
-            found = datasets.ImageFolder(str(path / split))
+            found[split] = datasets.ImageFolder(str(path / split))
         except OSError as error:
             raise UserError(
                 f"--dataset folder:{path}: {error}; expected {path / split}/CLASS/IMAGE"
             ) from None
-        if classes is not None and found.classes != classes:
-            odd = sorted(set(found.classes) ^ set(classes))[0]
-            raise UserError(
-                f"--dataset folder:{path}: train and test have different classes ({odd} is in one only)"
-            )
-        classes = found.classes
-        if len(found.samples) * size * size * 3 > _FOLDER_LIMIT:
-            gib = len(found.samples) * size * size * 3 / 2**30
-            raise UserError(
-                f"--dataset folder:{path}: {gib:.0f} GiB at --image-size {size}; choose a smaller size"
-            )
-        images = np.empty((len(found.samples), size, size, 3), dtype=np.uint8)
-        with ThreadPoolExecutor() as pool:  # PIL decodes outside the interpreter lock
-            for i, image in enumerate(pool.map(decode, found.samples)):
-                images[i] = image
-        arrays[f"{split}_x"], arrays[f"{split}_y"] = images, np.array(found.targets, dtype=np.int64)
-    return {**arrays, "classes": np.array(classes)}
+    classes = found["train"].classes
+    if found["test"].classes != classes:
+        odd = sorted(set(found["test"].classes) ^ set(classes))[0]
+        raise UserError(
+            f"--dataset folder:{path}: train and test have different classes ({odd} is in one only)"
+        )
+    arrays, needed = {"classes": np.array(classes)}, sum(map(len, found.values())) * size * size * 3
+    if needed > _FOLDER_LIMIT:
+        print(
+            f"folder:{path}: {needed / 2**30:.3g} GiB at --image-size {size} are too much to hold in memory; "
+            "images stream from disk, and are read once now for their mean and std",
+            file=sys.stderr,
+        )
+    for split, files in found.items():
+        images = FolderImages([file for file, _ in files.samples], size)
+        arrays[f"{split}_x"] = images if needed > _FOLDER_LIMIT else images.decode().numpy()
+        arrays[f"{split}_y"] = np.array(files.targets, dtype=np.int64)
+    return arrays
 
 
 def long_tail_counts(K: int, n_max: int, imbalance: float, profile: str = "exp") -> list[int]:
@@ -434,6 +494,83 @@ class Views(NamedTuple):
     def __getitem__(self, part):  # views[10:20] are ten views, not a field
         return Views(*(field[part] for field in tuple(self)))
 
+    def cpu(self) -> "Views":
+        return Views(*(field.cpu() for field in tuple(self)))
+
+
+class Crops:
+    """Images, uint8 (N, H, W, C), on the device and zero-padded once: any views are one gather away."""
+
+    def __init__(self, images: Tensor, pad: int, flip: bool, device: torch.device | str = "cpu"):
+        N, self.H, self.W, self.C = images.shape
+        self.flip = flip
+        padded = torch.zeros(N, self.H + 2 * pad, self.W + 2 * pad, self.C, dtype=torch.uint8)
+        padded[:, pad : pad + self.H, pad : pad + self.W] = images
+        self.padded_size = padded.shape[1:3]
+        # A row of W pixels from every pixel on: an overlapping view, no copy, (pixels - W + 1, W * C).
+        # A crop is H of these rows, whatever its offset: one gather of whole rows.
+        pixels = padded.to(device).flatten()
+        self.rows = pixels.unfold(0, self.W * self.C, self.C)
+        self.down = torch.arange(self.H, device=device) * self.padded_size[1]  # (H,)
+
+    def __call__(self, views: Views) -> Tensor:
+        """The views' pixels, (B, H, W * C) uint8."""
+        B, (Hp, Wp) = len(views.index), self.padded_size
+        start = (views.index * Hp + views.top) * Wp + views.left  # (B,): the crop's first pixel
+        x = self.rows[start[:, None] + self.down]  # (B, H) rows -> (B, H, W * C)
+        if self.flip:
+            mirrored = x.view(B, self.H, self.W, self.C).flip(2).view_as(x)
+            x = torch.where(views.mirror[:, None, None], mirrored, x)
+        return x
+
+
+class StreamedCrops:
+    """The same pixels from files, decoded on the CPU at each call. Raises UserError for a damaged file."""
+
+    def __init__(self, images: FolderImages, pad: int, flip: bool):
+        self.images, self.pad, self.flip = images, pad, flip
+
+    def __call__(self, views: Views) -> Tensor:
+        views = views.cpu()
+        crops = Crops(self.images[views.index].decode(), self.pad, self.flip)
+        return crops(views._replace(index=torch.arange(len(views.index))))
+
+
+class _Ahead:
+    """What worker processes are asked for: the pixels of views[part]. Every draw was made before."""
+
+    def __init__(self, crops: StreamedCrops, views: Views):
+        self.crops, self.views = crops, views.cpu()
+
+    def __getitem__(self, part: slice) -> Tensor | UserError:
+        try:
+            return self.crops(self.views[part])
+        except UserError as error:  # raised here, it would arrive with this process's traceback in its text
+            return error
+
+
+@contextlib.contextmanager
+def _interrupt_waits() -> Iterator[None]:
+    """Holds Ctrl-C back until the block ends, and for good in the processes that are forked in it.
+
+    For starting and ending workers: halfway through either, torch leaves some or swallows the interrupt.
+    """
+    if threading.current_thread() is not threading.main_thread():  # only the main thread hears of signals
+        yield
+        return
+    heard = []
+    before = signal.signal(signal.SIGINT, lambda *_: heard.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if heard:
+        raise KeyboardInterrupt
+
+
+_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+WORKERS = min(8, _CORES)  # processes that read streamed images ahead; with 0 the program waits for each batch
+
 
 class Batches:
     """Device-resident loader: uint8 images stay on the device, and a batch is one gather away.
@@ -441,24 +578,24 @@ class Batches:
     `views(index, generator)` draws a random crop and flip for each draw of an image: an image drawn thirty
     times an epoch gets thirty crops. All of an epoch is drawn at once on the CPU, so nothing synchronises
     within the epoch and the same seed gives the same views on every device.
-    `load(views)` gives the normalised batch, float32 (B, C, H, W), channels_last in memory.
+    `load(views)` gives the normalised batch, float32 (B, C, H, W), channels_last in memory;
+    `sequence(views, parts)` gives load(views[part]) for one part after another.
+
+    FolderImages give the same batches, bit for bit, but their files are decoded for each: `load` waits for
+    it, `sequence` has worker processes read ahead of the training step.
     """
 
-    def __init__(self, images: Tensor, mean: Tensor, std: Tensor, *, pad=0, flip=False, device="cpu"):
-        self.N, self.H, self.W, self.C = N, *_ = images.shape
+    def __init__(
+        self, images: Tensor | FolderImages, mean: Tensor, std: Tensor, *, pad=0, flip=False, device="cpu"
+    ):
+        self.N, self.H, self.W, self.C = images.shape
         self.pad, self.flip, self.device = pad, flip, torch.device(device)
-        padded = torch.zeros(N, self.H + 2 * pad, self.W + 2 * pad, self.C, dtype=torch.uint8)
-        padded[:, pad : pad + self.H, pad : pad + self.W] = images
-        self.padded_size = padded.shape[1:3]
-        # A row of W pixels from every pixel on: an overlapping view, no copy, (pixels - W + 1, W * C).
-        # A crop is H of these rows, whatever its offset: one gather of whole rows.
-        pixels = padded.to(self.device).flatten()
-        self.rows = pixels.unfold(0, self.W * self.C, self.C)
+        self.streamed = isinstance(images, FolderImages)
+        self.crops = StreamedCrops(images, pad, flip) if self.streamed else Crops(images, pad, flip, device)
         # (x / 255 - mean) / std = x * scale + shift, repeated over a row so that it vectorises
         scale, shift = 1 / (255 * std), -mean / std
         self.scale = scale.repeat(self.W).to(self.device)  # (W * C,)
         self.shift = shift.repeat(self.W).to(self.device)
-        self.down = torch.arange(self.H, device=self.device) * self.padded_size[1]  # (H,)
 
     def views(self, index: Tensor, generator: torch.Generator | None = None) -> Views:
         """A random view of each drawn image index (T,); without a generator the plain one, for evaluation."""
@@ -473,14 +610,41 @@ class Batches:
 
     def load(self, views: Views) -> Tensor:
         """The views' pixels, normalised: (B, C, H, W) float32, channels_last."""
-        B, (Hp, Wp) = len(views.index), self.padded_size
-        start = (views.index * Hp + views.top) * Wp + views.left  # (B,): the crop's first pixel
-        x = self.rows[start[:, None] + self.down]  # (B, H) rows -> (B, H, W * C) uint8
-        if self.flip:
-            mirrored = x.view(B, self.H, self.W, self.C).flip(2).view_as(x)
-            x = torch.where(views.mirror[:, None, None], mirrored, x)
+        return self._normalise(self.crops(views))
+
+    def _normalise(self, x: Tensor) -> Tensor:
+        """(B, H, W * C) uint8, a quarter of the bytes to copy to the device -> (B, C, H, W) float32."""
+        x = x.to(self.device, non_blocking=self.device.type == "cuda")
         x = torch.addcmul(self.shift, x.float(), self.scale)
-        return x.view(B, self.H, self.W, self.C).permute(0, 3, 1, 2)
+        return x.view(-1, self.H, self.W, self.C).permute(0, 3, 1, 2)
+
+    def sequence(self, views: Views, parts: list[slice]) -> Iterator[Tensor]:
+        """load(views[part]) for each part in turn. Raises UserError for a file that is no readable image."""
+        if not self.streamed or WORKERS == 0:
+            for part in parts:
+                yield self.load(views[part])
+            return
+        loader = DataLoader(
+            _Ahead(self.crops, views),
+            batch_size=None,  # a part is a batch
+            sampler=parts,
+            num_workers=min(WORKERS, len(parts)),
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # else it draws from torch's own, and dropout would be another one
+        )
+        try:
+            with _interrupt_waits():
+                ahead = iter(loader)
+            for left in reversed(range(len(parts))):
+                x = next(ahead)
+                if isinstance(x, UserError):
+                    raise x
+                if left:
+                    yield self._normalise(x)
+        finally:  # the workers end here: after an error, or before the last batch is handed out
+            with _interrupt_waits():
+                ahead = None
+        yield self._normalise(x)
 
 
 def split_evenly(T: int, batch_size: int) -> list[slice]:

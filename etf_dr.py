@@ -720,8 +720,9 @@ def train(args, name: str, seed: int, data: Dataset, run: Run, device: torch.dev
         steps = parts[: 2 if args.dry_run else None]
         losses = torch.zeros(len(steps), device=device)  # read once an epoch: no step waits for the host
         model.train()
+        images = batches.sequence(views, steps)
         for step, part in enumerate(steps):
-            x, a, b = batches.load(views[part]), labels[part], labels[partner[part]]
+            x, a, b = next(images), labels[part], labels[partner[part]]
             if method.mixup:
                 x = lam[step] * x + (1 - lam[step]) * x[partner[part] - part.start]  # (B, C, H, W)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
@@ -778,9 +779,10 @@ def evaluate(model: nn.ModuleDict, batches: Batches, precision: str, index: Tens
     model.eval()
     views = batches.views(torch.arange(batches.N) if index is None else index)
     hs, predictions = [], []
-    for part in split_evenly(len(views.index), 1000 if batches.H < 64 else 100):
+    parts = split_evenly(len(views.index), 1000 if batches.H < 64 else 100)
+    for x in batches.sequence(views, parts):
         with torch.autocast(batches.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            h = model["network"](batches.load(views[part]))
+            h = model["network"](x)
         h, W = model["classifier"](h)
         hs.append(h)
         predictions.append((h @ W.T).argmax(1))

@@ -693,8 +693,9 @@ def train(args, job: Job, flags: dict, data: Dataset, run: Run, device: torch.de
             group["lr"] = learning_rate(flags["lr"], e, args)
         losses = torch.zeros(len(parts), device=device)  # read once an epoch: no step waits for the host
         model.train()
+        images = batches.sequence(views, parts)
         for step, part in enumerate(parts):
-            x, y = batches.load(views[part]), train_y[views.index[part]]  # (B, C, H, W), (B,)
+            x, y = next(images), train_y[views.index[part]]  # (B, C, H, W), (B,)
             ace = job.method == "er-ace" and t > 0  # in task 0 it neither masks nor replays, as published
             ace_seen[y] = True
             keep = kept_logits(y, task, job.mask, ace_seen if ace else None)
@@ -746,9 +747,9 @@ def evaluate(model: nn.ModuleDict, batches: Batches, precision: str, index=None)
     model.eval()
     views = batches.views(torch.arange(batches.N) if index is None else index)
     hs, zs = [], []
-    for part in split_evenly(len(views.index), 250):
+    for x in batches.sequence(views, split_evenly(len(views.index), 250)):
         with torch.autocast(batches.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            h = model["network"](batches.load(views[part]))
+            h = model["network"](x)
         hs.append(h.float())
         zs.append(model["classifier"](h))
     measure = metric_device(batches.device)

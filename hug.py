@@ -675,10 +675,11 @@ def train(args, name: str, seed: int, data: Dataset, run: Run, device: torch.dev
             group["lr"] = learning_rate(epoch, args)
         losses = torch.zeros(len(parts), device=device)  # read once an epoch: no step waits for the host
         model.train()
+        images = batches.sequence(views, parts)
         for step, part in enumerate(parts):
             y = labels[part]
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                f = network(batches.load(views[part]))
+                f = network(next(images))
             h, W, z = head(f)
             if method.loss == "ce":
                 loss = F.cross_entropy(z, y)
@@ -772,8 +773,7 @@ def evaluate(model: nn.ModuleDict, batches: Batches, precision: str, change=None
     model.eval()
     views = batches.views(torch.arange(batches.N))
     hs, zs = [], []
-    for part in split_evenly(batches.N, 1000):
-        x = batches.load(views[part])
+    for x in batches.sequence(views, split_evenly(batches.N, 1000)):
         x = change(x) if change else x
         with torch.autocast(batches.device.type, torch.bfloat16, enabled=precision == "bf16"):
             f = model["network"](x)

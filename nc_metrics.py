@@ -641,9 +641,10 @@ def train(args, name: str, seed: int, data: Dataset, fine: Fine | None, run: Run
         losses = torch.zeros(len(parts), device=device)  # read once an epoch: no step waits for the host
         right = torch.zeros((), device=device)
         model.train()
+        images = batches.sequence(views, parts)
         for step, part in enumerate(parts):
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                h = network(batches.load(views[part]))
+                h = network(next(images))
             z = model["classifier"](h.float())  # (B, d) -> (B, K)
             loss = loss_of(name, z, y[part])
             optimizer.zero_grad()
@@ -687,9 +688,9 @@ def features_of(network: nn.Module, batches: Batches, precision: str) -> Tensor:
     """Features h (N, d) of every image, in order, unaugmented, in float32."""
     network.eval()
     views, hs = batches.views(torch.arange(batches.N)), []
-    for part in split_evenly(batches.N, 1000):
+    for x in batches.sequence(views, split_evenly(batches.N, 1000)):
         with torch.autocast(batches.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            hs.append(network(batches.load(views[part])).float())
+            hs.append(network(x).float())
     return torch.cat(hs).to(metric_device(batches.device))
 
 
@@ -720,8 +721,8 @@ def untrained(args, seed: int, data: Dataset, batches: Batches, test: Batches) -
             module.momentum = None  # a plain average over the batches below
     network.train()
     views = batches.views(torch.arange(batches.N))
-    for part in split_evenly(batches.N, 1000):
-        network(batches.load(views[part]))
+    for x in batches.sequence(views, split_evenly(batches.N, 1000)):
+        network(x)
     return tuple(features_of(network, b, args.precision) for b in (batches, test))
 
 

@@ -77,6 +77,7 @@ from common import (
     Run,
     UserError,
     coarse_labels,
+    concatenate,
     hardware,
     load_dataset,
     mean_std,
@@ -697,9 +698,9 @@ def embed(module, batches: Batches, index: Tensor, precision: str):
     """module's outputs, unaugmented, for the images `index`, on the device where metrics are computed."""
     module.eval()
     found, views = [], batches.views(index)
-    for part in split_evenly(len(index), 500):
+    for x in batches.sequence(views, split_evenly(len(index), 500)):
         with torch.autocast(batches.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            z = module["trunk"](batches.load(views[part]))
+            z = module["trunk"](x)
         out = module["head"](z.float())
         found.append(out if isinstance(out, tuple) else (out,))
     measure = metric_device(batches.device)
@@ -733,14 +734,15 @@ class Classification:
         """Draws an epoch; returns its number of steps."""
         N = len(self.data.train_y)
         order = torch.randperm(N, generator=generator)
-        self.views, self.y = self.batches.views(order, generator), self.data.train_y[order].to(self.device)
+        views, self.y = self.batches.views(order, generator), self.data.train_y[order].to(self.device)
         self.degrees = (30 * torch.rand(N, generator=generator) - 15).to(self.device)
         self.parts = split_evenly(N, self.args.batch_size)
+        self.images = self.batches.sequence(views, self.parts)
         return len(self.parts)
 
     def loss(self, step: int) -> Tensor:
         part = self.parts[step]
-        x = self.batches.load(self.views[part])
+        x = next(self.images)
         if self.black is not None:
             x = rotate(x, self.degrees[part], self.black)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
@@ -800,7 +802,7 @@ class FewShot:
 
     def __init__(self, args: argparse.Namespace, method: Method, data: Dataset, device: torch.device):
         self.args, self.method, self.device = args, method, device
-        self.images, self.y = torch.cat([data.train_x, data.test_x]), torch.cat([data.train_y, data.test_y])
+        images, self.y = concatenate(data.train_x, data.test_x), torch.cat([data.train_y, data.test_y])
         classes, self.pools = split_classes(args.dataset, data.classes), {}
         for split, members in classes.items():
             chosen = torch.isin(self.y, torch.tensor(members, dtype=torch.long))
@@ -819,20 +821,21 @@ class FewShot:
         model = nn.ModuleDict({"trunk": trunk, "head": head})
         self.model = model.to(device, memory_format=torch.channels_last)
         self.trunk = torch.compile(trunk) if args.compile else trunk
-        self.batches = Batches(self.images, data.mean, data.std, device=device)
+        self.batches = Batches(images, data.mean, data.std, device=device)
         queries = torch.arange(args.way).repeat_interleave(args.queries)
         self.queries, self.K = queries.to(device), len(data.classes)
 
     def draw(self, generator: torch.Generator) -> int:
         a, pool = self.args, self.pools["train"]
         episodes = draw_episodes(self.y[pool], a.episodes, a.way, a.shots + a.queries, generator)
-        self.drawn = self.batches.views(pool[episodes.flatten()])
+        views, size = self.batches.views(pool[episodes.flatten()]), a.way * (a.shots + a.queries)
+        parts = [slice(step * size, (step + 1) * size) for step in range(a.episodes)]
+        self.images = self.batches.sequence(views, parts)
         return a.episodes
 
     def loss(self, step: int) -> Tensor:
         a = self.args
-        size = a.way * (a.shots + a.queries)
-        x = self.batches.load(self.drawn[step * size : (step + 1) * size])
+        x = next(self.images)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=a.precision == "bf16"):
             z = self.trunk(x)
         h = self.model["head"](z.float()).view(1, a.way, a.shots + a.queries, -1)

@@ -277,10 +277,6 @@ def test_a_folder_through_resnet50(folder, tmp_path, figureless, capsys):
         assert arrays["train_h"].shape == (11, 2048) and arrays["W"].shape == (3, 2048)
 
 
-def test_imagenet_lt_fits_the_limit_of_a_folder():
-    assert 115_846 * 224 * 224 * 3 <= common._FOLDER_LIMIT  # training images of ImageNet-LT (Liu et al. 2019)
-
-
 # %% The program
 
 

@@ -1,0 +1,339 @@
+"""A folder of images larger than memory: streamed from disk, it gives what the same folder gives in memory.
+
+The tests' folder is small, so the limit is lowered below it; all else is as in use, worker processes too.
+"""
+
+import importlib
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import common
+from common import Batches, FolderImages, load_dataset, split_evenly
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZE = 8
+TRAIN, TEST = (12, 7, 9, 8), (2, 3, 2, 2)  # images of each class
+MODES = ("RGB", "L", "RGBA", "P", "1", "CMYK")
+
+
+def write_images(path: Path) -> None:
+    """PATH/train and PATH/test: noise of several sizes and modes, PNG and JPEG; no two images are alike."""
+    rng = np.random.default_rng(0)
+    for split, counts in (("train", TRAIN), ("test", TEST)):
+        for k, count in enumerate(counts):
+            where = path / split / f"class{k}"
+            where.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 256, (9 + 3 * (i % 4), 8 + 5 * (i % 3), 3), dtype=np.uint8)
+                image = Image.fromarray(pixels).convert(MODES[(i + k) % len(MODES)])
+                suffix = "jpg" if image.mode in ("RGB", "L", "CMYK") and i % 2 else "png"
+                image = image.convert("RGB") if (image.mode, suffix) == ("CMYK", "png") else image
+                image.save(where / f"{i}.{suffix}")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Read by all tests of this file, and changed by none."""
+    path = tmp_path_factory.mktemp("streaming") / "images"
+    write_images(path)
+    return path
+
+
+def load(folder: Path, streamed: bool, name: str = "folder") -> common.Dataset:
+    with pytest.MonkeyPatch.context() as patch:
+        if streamed:
+            patch.setattr(common, "_FOLDER_LIMIT", 0)
+        data = load_dataset(f"{name}:{folder}", image_size=SIZE, imbalance=4)
+    for images in (data.train_x, data.test_x):
+        assert isinstance(images, FolderImages if streamed else torch.Tensor)
+    return data
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def no_workers_left() -> bool:
+    """Worker processes end when they are told to: soon, on a busy machine not at once."""
+    until = time.monotonic() + 60
+    while multiprocessing.active_children() and time.monotonic() < until:
+        time.sleep(0.01)
+    return not multiprocessing.active_children()
+
+
+# %% What is streamed, and what stands for its images
+
+
+def test_what_does_not_fit_is_streamed_and_the_user_is_told(folder, monkeypatch, capsys):
+    monkeypatch.setattr(common, "_FOLDER_LIMIT", (sum(TRAIN) + sum(TEST)) * SIZE * SIZE * 3)
+    assert isinstance(load_dataset(f"folder:{folder}", image_size=SIZE).train_x, torch.Tensor)
+    assert capsys.readouterr().err == ""
+    data = load_dataset(f"folder:{folder}", image_size=SIZE + 1)
+    assert isinstance(data.train_x, FolderImages) and isinstance(data.test_x, FolderImages)
+    line = capsys.readouterr().err
+    assert f"folder:{folder}" in line and "--image-size 9" in line and "stream" in line
+
+
+def test_the_limit_leaves_room_in_this_machines_memory():
+    assert 0 < common._FOLDER_LIMIT <= 32 * 2**30
+    if sys.platform == "linux":
+        kib = int(Path("/proc/meminfo").read_text().split()[1])  # MemTotal: 24 kB
+        assert common._FOLDER_LIMIT <= kib * 1024 / 2
+
+
+def test_labels_statistics_and_pixels_are_those_of_memory(folder):
+    held, streamed = load(folder, False), load(folder, True)
+    assert streamed.train_y.equal(held.train_y) and streamed.test_y.equal(held.test_y)
+    assert streamed.mean.equal(held.mean) and streamed.std.equal(held.std)
+    assert streamed[4:5] == held[4:5] and streamed[7:] == held[7:]  # classes; pad and flip
+    assert streamed.train_x.shape == held.train_x.shape == (sum(TRAIN), SIZE, SIZE, 3)
+    assert streamed.train_x.decode().equal(held.train_x) and streamed.test_x.decode().equal(held.test_x)
+
+
+def test_statistics_are_counted_over_all_chunks():
+    images = torch.randint(256, (2500, 2, 3, 3), generator=generator(0), dtype=torch.uint8)
+    images[-1] = 255  # a last, smaller chunk that matters
+    mean, std = common._channel_statistics(images)
+    pixels = images.numpy().reshape(-1, 3) / 255
+    np.testing.assert_allclose(mean, pixels.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(std, pixels.std(0), rtol=1e-6)
+
+
+def test_long_tail_is_the_same_subset(folder):
+    held, streamed = load(folder, False, "folderlt"), load(folder, True, "folderlt")
+    assert held.counts.tolist() == [9, 5, 3, 2]  # 9 = 36 images / 4 classes, but class 1 has its quota too
+    assert streamed.train_y.equal(held.train_y) and streamed.train_x.decode().equal(held.train_x)
+    assert streamed.mean.equal(held.mean)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [slice(3, 8), slice(None, None, 5), torch.tensor([7, 0, 7]), torch.arange(36) % 7 == 2, slice(0, 0)],
+    ids=["slice", "steps", "indices", "mask", "nothing"],
+)
+def test_selecting_is_a_tensors(index, folder):
+    held, streamed = load(folder, False).train_x[index], load(folder, True).train_x[index]
+    assert isinstance(streamed, FolderImages)
+    assert streamed.shape == held.shape and len(streamed) == len(held)
+    assert streamed.decode().equal(held)
+
+
+def test_concatenate(folder):
+    held, streamed = load(folder, False), load(folder, True)
+    images = common.concatenate(streamed.train_x, streamed.test_x)
+    assert images.decode().equal(torch.cat([held.train_x, held.test_x]))
+    assert images.decode().equal(common.concatenate(held.train_x, held.test_x))
+
+
+# %% Batches
+
+
+def loaders(folder: Path, pad: int = 2, flip: bool = True) -> tuple[Batches, Batches]:
+    return tuple(
+        Batches(data.train_x, data.mean, data.std, pad=pad, flip=flip)
+        for data in (load(folder, False), load(folder, True))
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("pad, flip", [(0, False), (2, False), (3, True)])
+def test_batches_are_those_of_memory_bit_for_bit(workers, pad, flip, folder, monkeypatch):
+    monkeypatch.setattr(common, "WORKERS", workers)
+    held, streamed = loaders(folder, pad, flip)
+    index = torch.randint(sum(TRAIN), (50,), generator=generator(0))  # some images more than once
+    views = held.views(index, generator(1))
+    assert all(a.equal(b) for a, b in zip(views, streamed.views(index, generator(1)), strict=True))
+    assert (views.mirror.any(), views.top.any()) == (flip, pad > 0)
+    parts = [slice(0, 40), *(slice(40 + i, 41 + i) for i in range(10))]  # the first takes longest to read
+    batches = list(streamed.sequence(views, parts))
+    assert len(batches) == len(parts)
+    for x, expected, part in zip(batches, held.sequence(views, parts), parts, strict=True):
+        assert x.equal(expected) and expected.equal(held.load(views[part]))  # and they came in order
+        assert x.stride() == expected.stride()
+    assert streamed.load(views).equal(held.load(views))
+    plain = streamed.views(torch.arange(sum(TRAIN)))
+    assert streamed.load(plain).equal(held.load(plain))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory needs CUDA")
+def test_batches_on_the_card_are_those_of_memory(folder, monkeypatch):
+    monkeypatch.setattr(common, "WORKERS", 2)
+    held, streamed = (
+        Batches(data.train_x, data.mean, data.std, pad=2, flip=True, device="cuda")
+        for data in (load(folder, False), load(folder, True))
+    )
+    views, parts = held.views(torch.arange(sum(TRAIN)), generator(0)), split_evenly(sum(TRAIN), 4)
+    for x, expected in zip(streamed.sequence(views, parts), held.sequence(views, parts), strict=True):
+        assert x.is_cuda and x.equal(expected)
+    assert streamed.load(views).equal(held.load(views))
+
+
+def test_worker_processes_read_and_draw_nothing(folder, monkeypatch):
+    """All that is random was drawn with the views: torch's own generator, dropout's, is not touched."""
+    monkeypatch.setattr(common, "WORKERS", 2)
+    _, streamed = loaders(folder)
+    views = streamed.views(torch.arange(sum(TRAIN)), generator(0))
+    before = torch.get_rng_state()
+    images = streamed.sequence(views, split_evenly(sum(TRAIN), 4))
+    next(images)
+    assert len(multiprocessing.active_children()) == 2
+    list(images)
+    assert torch.get_rng_state().equal(before)
+
+
+def test_two_sequences_side_by_side(folder, monkeypatch):
+    monkeypatch.setattr(common, "WORKERS", 2)
+    held, streamed = loaders(folder)
+    parts = split_evenly(sum(TRAIN), 5)
+    views = [held.views(torch.randperm(sum(TRAIN), generator=generator(i)), generator(i)) for i in range(2)]
+    a, b = (streamed.sequence(view, parts) for view in views)
+    for part in parts:
+        assert next(a).equal(held.load(views[0][part]))
+        assert next(b).equal(held.load(views[1][part]))
+    assert no_workers_left()  # though a and b are still there
+
+
+def test_a_sequence_that_is_given_up_ends_its_workers(folder, monkeypatch):
+    monkeypatch.setattr(common, "WORKERS", 2)
+    _, streamed = loaders(folder)
+    images = streamed.sequence(streamed.views(torch.arange(sum(TRAIN))), split_evenly(sum(TRAIN), 2))
+    next(images)
+    del images
+    assert no_workers_left()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_image_is_named_wherever_it_is_read(workers, tmp_path, monkeypatch, user_error):
+    write_images(tmp_path)
+    _, streamed = loaders(tmp_path)
+    broken = tmp_path / "train" / "class2" / "1.png"
+    broken = broken if broken.exists() else broken.with_suffix(".jpg")
+    broken.write_bytes(broken.read_bytes()[:60])
+    monkeypatch.setattr(common, "WORKERS", workers)
+    images = streamed.sequence(streamed.views(torch.arange(sum(TRAIN))), split_evenly(sum(TRAIN), 4))
+    with user_error(f"{broken}: not a readable image"):
+        list(images)
+    assert no_workers_left()
+    with user_error(f"{broken}: not a readable image"):
+        load(tmp_path, True)  # the pass for mean and std meets it too
+
+
+# %% Scripts
+
+RUNS = {
+    "bmls_msclf": ["--method", "bmls+ms"],
+    "etf_dr": ["--method", "etf+dr+mixup", "--network", "resnet32"],
+    "hug": ["--method", "hug-mhe", "--net", "cnn"],
+    "nc_metrics": ["--method", "ce", "--net", "cnn", "--augment"],
+    "fno_continual": ["--method", "der++", "--classifier", "fno", "--net", "cnn", "--tasks", "2"],
+    "spherization": ["--task", "retain", "--method", "sphere", "--network", "mlp", "--train-size", "30"],
+    "spherization fewshot": "--task fewshot --method cosine+sphere --way 2 --shots 1 --queries 2".split(),
+}
+
+
+def numbers(out: Path) -> dict:
+    """Everything that the runs under `out` measured, but times and names of folders."""
+    found = {}
+    for path in sorted(out.rglob("*.json*")):
+        if path.name != "config.json":
+            text = path.read_text()
+            lines = map(json.loads, text.splitlines() if path.suffix == ".jsonl" else [text])
+            found[str(path.relative_to(out))] = [
+                {key: value for key, value in line.items() if key != "seconds"} for line in lines
+            ]
+    return found
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_script_gives_the_same_numbers(name, folder, tmp_path, monkeypatch, capsys):
+    script = importlib.import_module(name.split()[0])
+    monkeypatch.setattr(common, "WORKERS", 1)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, path, **_: Path(path).touch())
+    argv = ["--dataset", f"folder:{folder}", "--image-size", str(SIZE), "--dry-run", *RUNS[name]]
+    argv += ["--batch-size", "6"] if "fewshot" not in name else ["--episodes", "3"]
+    for out, limit in (("held", 2**30), ("streamed", 0)):
+        monkeypatch.setattr(common, "_FOLDER_LIMIT", limit)
+        script.main([*argv, "--device", "cpu", "--precision", "fp32", "--out", str(tmp_path / out)])
+        assert ("stream" in capsys.readouterr().err) == (limit == 0)
+    held = numbers(tmp_path / "held")
+    assert any(path.endswith("result.json") for path in held)
+    assert json.dumps(numbers(tmp_path / "streamed")) == json.dumps(held)  # as text: nan is nan
+    for path in (tmp_path / "held").rglob("features.npz"):
+        other = tmp_path / "streamed" / path.relative_to(tmp_path / "held")
+        with np.load(path) as a, np.load(other) as b:
+            assert a.files == b.files
+            assert all(np.array_equal(a[key], b[key], equal_nan=True) for key in a.files)
+
+
+def test_a_broken_test_image_ends_a_script_with_one_line(tmp_path, monkeypatch, capsys):
+    import bmls_msclf
+
+    write_images(tmp_path / "images")
+    (broken,) = (tmp_path / "images" / "test" / "class0").glob("0.*")  # read in evaluation, not before
+    broken.write_bytes(b"")
+    monkeypatch.setattr(common, "_FOLDER_LIMIT", 0)
+    monkeypatch.setattr(common, "WORKERS", 2)
+    argv = ["--dataset", f"folder:{tmp_path / 'images'}", "--image-size", str(SIZE), "--method", "ce"]
+    with pytest.raises(SystemExit) as end:
+        bmls_msclf.main([*argv, "--dry-run", "--out", str(tmp_path / "out")])
+    told, error = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and "stream" in told
+    assert error.startswith(f"bmls_msclf.py: error: {broken}: not a readable image")
+    assert no_workers_left()
+
+
+def test_ctrl_c_waits_while_workers_start_and_end():
+    done = []
+    with pytest.raises(KeyboardInterrupt):
+        with common._interrupt_waits():
+            signal.raise_signal(signal.SIGINT)
+            done.append(1)
+        done.append(2)  # not reached: the interrupt comes at the block's end
+    assert done == [1]
+    with pytest.raises(KeyboardInterrupt):  # and at once, from then on
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT to a process group")
+def test_ctrl_c_ends_the_workers_too(folder, tmp_path):
+    """As a terminal does it: the interrupt reaches the program and all of its workers at once."""
+    program = "import common, bmls_msclf as s; common._FOLDER_LIMIT = 0; common.WORKERS = 2; s.main()"
+    argv = ["--dataset", f"folder:{folder}", "--image-size", str(SIZE), "--method", "bmls", "--device", "cpu"]
+    argv += ["--epochs", "9999", "--batch-size", "4", "--out", str(tmp_path)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *argv],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        while not list(tmp_path.rglob("checkpoint.pt")) and process.poll() is None:
+            time.sleep(0.05)
+        time.sleep(0.5)  # into the first epochs
+        os.killpg(process.pid, signal.SIGINT)
+        error = process.communicate(timeout=300)[1]
+        told, *_, last = error.strip().splitlines()
+        assert process.returncode == 130 and "stream" in told and last.endswith("--resume")
+        assert "Traceback" not in error
+        with pytest.raises(ProcessLookupError):  # the group is empty
+            until = time.monotonic() + 60
+            while time.monotonic() < until:
+                os.killpg(process.pid, 0)
+                time.sleep(0.05)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
