@@ -78,6 +78,7 @@ from common import (
     ClassCycles,
     Dataset,
     Run,
+    TrainingStep,
     UserError,
     accuracy_per_class,
     collapse_metrics,
@@ -655,6 +656,32 @@ def train(args, name: str, seed: int, data: Dataset, run: Run, device: torch.dev
     classifier = model["classifier"]
     learnable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(learnable, args.lr, momentum=0.9, weight_decay=args.weight_decay)
+
+    def step(x: Tensor, a: Tensor, x_b=None, b=None, share=None) -> Tensor:
+        """One batch: images x (B, C, H, W), labels a (B,); what is mixed in, and lam (1,) or (B,) -> loss."""
+        if method.loss != "ce":
+            mix = share[:, None, None, None]
+            x = mix * x + (1 - mix) * x_b  # (B, C, H, W)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            h = network(x)
+        h, W, z = classifier(h)
+        if method.loss == "ce":
+            loss = F.cross_entropy(z, a)
+        elif method.loss == "mixup":
+            loss = mixup_loss(z, a, b, share)
+        elif method.loss == "remix":
+            loss = mixup_loss(z, a, b, remix_lam(share, n[a], n[b]))
+        elif args.ms == "raw":
+            loss = ms_raw(z, a, b, share)
+        elif args.ms == "unit":
+            loss = ms_unit(h, W, a, b, share, args.scale)
+        else:
+            loss = ms_dot(h, W, a, b, share)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
     cycles = ClassCycles(data.train_y, K, generator)
     pairs = PairSampler(K, generator, args.pairs)
     batches = Batches(data.train_x, data.mean, data.std, pad=data.pad, flip=data.flip, device=device)
@@ -673,6 +700,8 @@ def train(args, name: str, seed: int, data: Dataset, run: Run, device: torch.dev
         pairs.load_state_dict(state["pairs"])
         mixed_counts = state["mixed_counts"].cpu()
         start, best, seconds = state["epoch"], state["best"], state["seconds"]
+
+    training_step = TrainingStep(step, optimizer, device, capture=not args.compile)
 
     def checkpoint(epoch: int) -> None:
         parts = {"model": model, "optimizer": optimizer, "cycles": cycles, "pairs": pairs}
@@ -699,37 +728,17 @@ def train(args, name: str, seed: int, data: Dataset, run: Run, device: torch.dev
         if method.loss != "ce":
             used = labels[: parts[-1].stop]
             mixed_counts += torch.bincount(used[:, 0] * K + used[:, 1], minlength=K * K).view(K, K)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(epoch, args)
+        training_step.set_learning_rate(learning_rate(epoch, args))
         losses = torch.zeros(len(parts), device=device)  # read once an epoch: no step waits for the host
         model.train()
         images_a, images_b = (batches.sequence(view, parts) for view in (view_a, view_b))
-        for step, part in enumerate(parts):
-            share = lam[step : step + 1] if args.lam == "batch" else lam[part]  # (1,) or (B,)
-            x = next(images_a)
-            if method.loss != "ce":
-                mix = share[:, None, None, None]
-                x = mix * x + (1 - mix) * next(images_b)  # (B, C, H, W)
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                h = network(x)
-            h, W, z = classifier(h)
+        for i, part in enumerate(parts):
             if method.loss == "ce":
-                loss = F.cross_entropy(z, a[part])
-            elif method.loss == "mixup":
-                loss = mixup_loss(z, a[part], b[part], share)
-            elif method.loss == "remix":
-                loss = mixup_loss(z, a[part], b[part], remix_lam(share, n[a[part]], n[b[part]]))
-            elif args.ms == "raw":
-                loss = ms_raw(z, a[part], b[part], share)
-            elif args.ms == "unit":
-                loss = ms_unit(h, W, a[part], b[part], share, args.scale)
+                losses[i] = training_step(next(images_a), a[part])
             else:
-                loss = ms_dot(h, W, a[part], b[part], share)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses[step] = loss.detach()
-            if step == 0:
+                share = lam[i : i + 1] if args.lam == "batch" else lam[part]  # (1,) or (B,)
+                losses[i] = training_step(next(images_a), a[part], next(images_b), b[part], share)
+            if i == 0:
                 warm = time.perf_counter()
         if not losses.isfinite().all():
             bad = int((~losses.isfinite()).nonzero()[0])

@@ -2,9 +2,10 @@
 
     from common import Batches, Run, load_dataset, ...
 
-Three parts, each under its own banner:
+Four parts, each under its own banner:
     Data      load_dataset -> Dataset (uint8); long tails; sampling orders; Batches, the loader
     Metrics   accuracy by class and by class size, calibration, neural collapse in one pass, clustering
+    Step      a training step as a CUDA graph
     Record    the run folder: config, metrics by epoch, checkpoint, result, features
 
 Symbols, here and in every script: K classes, d feature dimension, N samples, B batch, n_k images of class k,
@@ -24,6 +25,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -1150,6 +1152,86 @@ def clustering_agreement(cluster, y) -> dict[str, float]:
     }
 
 
+# %% ------------------------------------------------------------------------------------------------- Step
+
+
+class TrainingStep:
+    """A training step; on CUDA all of its kernels are launched at once, as a CUDA graph.
+
+    step(*tensors) -> loss does forward, backward and optimizer.step(), and asks the device nothing. Where a
+    network's kernels take less time than the host needs to launch them, the card would wait for the host.
+    Each shape of batch (an epoch has two) runs eagerly three times, in which cuDNN picks its algorithms and
+    the optimizer makes its buffers; then it is recorded, and from then on replayed on copies of its
+    arguments. All else that it reads is read at the same address each time: parameters, buffers, and the
+    learning rate, which therefore becomes a tensor that `set_learning_rate` fills.
+
+    With capture=False or on another device it is `step` itself; so is one that CUDA cannot record, and says
+    it. To be made after the optimizer's state was loaded, which would put other tensors in place of these.
+    """
+
+    WARM_UP = 3
+
+    def __init__(self, step, optimizer: torch.optim.Optimizer, device: torch.device, capture: bool = True):
+        cuda = device.type == "cuda"
+        self.step, self.optimizer, self.capture = step, optimizer, capture and cuda
+        self.seen: Counter[tuple] = Counter()
+        self.graphs: dict[tuple, tuple] = {}
+        if self.capture:  # one memory pool: no two replays run at once, and none leaves anything behind
+            self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+        for group in optimizer.param_groups:
+            lr = float(group["lr"])
+            group["lr"] = torch.tensor(lr, device=device) if cuda else lr
+            group["fused"] = cuda or None  # None: PyTorch chooses
+            if "capturable" in group:  # Adam
+                group["capturable"] = cuda
+
+    def set_learning_rate(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+
+    def __call__(self, *tensors: Tensor) -> Tensor:
+        """The loss, (); read or copy it before the next call, which may overwrite it."""
+        if not self.capture:
+            return self.step(*tensors)
+        shapes = tuple(t.shape for t in tensors)
+        if shapes not in self.graphs:
+            self.seen[shapes] += 1
+            if self.seen[shapes] <= self.WARM_UP:
+                return self._aside(tensors)
+            if not self._record(shapes, tensors):
+                return self.step(*tensors)
+        graph, recorded, loss = self.graphs[shapes]
+        for target, source in zip(recorded, tensors, strict=True):
+            target.copy_(source)
+        graph.replay()
+        return loss
+
+    def _aside(self, tensors: tuple[Tensor, ...]) -> Tensor:
+        """Eagerly, on a stream that is not the default one: what was made there, capture can go on with."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            loss = self.step(*tensors)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return loss
+
+    def _record(self, shapes: tuple, tensors: tuple[Tensor, ...]) -> bool:
+        """Record the step, which does not run it. False where it cannot be recorded."""
+        recorded, graph = [t.clone() for t in tensors], torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self.pool):
+                loss = self.step(*recorded)
+        except RuntimeError as error:
+            self.capture = False
+            reason = str(error).partition("\n")[0]
+            print(f"no CUDA graph, steps are launched kernel by kernel ({reason})", file=sys.stderr)
+            return False
+        self.graphs[shapes] = graph, recorded, loss
+        return True
+
+
 # %% ----------------------------------------------------------------------------------------------- Record
 
 
@@ -1160,6 +1242,10 @@ def pick_device(name: str) -> torch.device:
         name = next(n for n, there in available.items() if there)
     if not available[name]:
         raise UserError(f"--device {name}: not available here; use --device auto")
+    if name == "cuda":
+        # Batches come in few shapes, so cuDNN may try its algorithms for each. Its convolutions, inside the
+        # network, use TF32 by default; matrix products do not, since geometry and losses are float32.
+        torch.backends.cudnn.benchmark = True
     return torch.device(name)
 
 

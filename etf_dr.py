@@ -81,6 +81,7 @@ from common import (
     Batches,
     Dataset,
     Run,
+    TrainingStep,
     UserError,
     accuracy_per_class,
     collapse_metrics,
@@ -688,12 +689,29 @@ def train(args, name: str, seed: int, data: Dataset, run: Run, device: torch.dev
             return cross_entropy_loss(h, W, y, length)
         return dot_regression_loss(h, W, y, args.E_W, args.E_H, length)
 
+    def step(x: Tensor, a: Tensor, b=None, partner=None, lam=None) -> Tensor:
+        """One batch: images x (B, C, H, W), labels a (B,); its partners' labels, places, lam () -> loss."""
+        if method.mixup:
+            x = lam * x + (1 - lam) * x[partner]  # (B, C, H, W)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            h = network(x)
+        (h, W), length = classifier(h), class_length(a, K) if weighed else None
+        loss = loss_of(h, W, a, length)
+        if method.mixup:  # L = lam L(h, a) + (1 - lam) L(h, b): the losses are mixed, not the targets
+            loss = lam * loss + (1 - lam) * loss_of(h, W, b, length)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
     state = run.load_checkpoint(device)
     if state is not None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         generator.set_state(state["generator"].cpu())
         start, best, seconds = state["epoch"], state["best"], state["seconds"]
+
+    training_step = TrainingStep(step, optimizer, device, capture=not args.compile)
 
     def checkpoint(epoch: int) -> None:
         parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
@@ -715,27 +733,15 @@ def train(args, name: str, seed: int, data: Dataset, run: Run, device: torch.dev
         # Mixup pairs a batch with a permutation of itself, so that both labels have the same class counts
         partner = torch.cat([p.start + torch.randperm(p.stop - p.start, generator=generator) for p in parts])
         lam, partner = draw_lam(args.alpha, len(parts), generator).to(device), partner.to(device)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(epoch, args)
+        training_step.set_learning_rate(learning_rate(epoch, args))
         steps = parts[: 2 if args.dry_run else None]
         losses = torch.zeros(len(steps), device=device)  # read once an epoch: no step waits for the host
         model.train()
         images = batches.sequence(views, steps)
-        for step, part in enumerate(steps):
-            x, a, b = next(images), labels[part], labels[partner[part]]
-            if method.mixup:
-                x = lam[step] * x + (1 - lam[step]) * x[partner[part] - part.start]  # (B, C, H, W)
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                h = network(x)
-            (h, W), length = classifier(h), class_length(a, K) if weighed else None
-            loss = loss_of(h, W, a, length)
-            if method.mixup:  # L = lam L(h, a) + (1 - lam) L(h, b): the losses are mixed, not the targets
-                loss = lam[step] * loss + (1 - lam[step]) * loss_of(h, W, b, length)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses[step] = loss.detach()
-            if step == 0:
+        for i, part in enumerate(steps):
+            mixed = (labels[partner[part]], partner[part] - part.start, lam[i]) if method.mixup else ()
+            losses[i] = training_step(next(images), labels[part], *mixed)
+            if i == 0:
                 warm = time.perf_counter()
         if not losses.isfinite().all():
             bad = int((~losses.isfinite()).nonzero()[0])

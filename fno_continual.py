@@ -642,7 +642,9 @@ def train(args, job: Job, flags: dict, data: Dataset, run: Run, device: torch.de
     classifier, balanced = model["classifier"], job.method == "balanced"
     learnable = [p for p in model.parameters() if p.requires_grad]
     momentum = 0.9 if balanced else 0.0  # streams: plain SGD, so nothing of a past task is left in it
-    optimizer = torch.optim.SGD(learnable, flags["lr"], momentum=momentum, weight_decay=args.weight_decay)
+    # No CUDA graph here: what a step replays from its buffer is decided on the host, image by image
+    rate = dict(momentum=momentum, weight_decay=args.weight_decay, fused=device.type == "cuda" or None)
+    optimizer = torch.optim.SGD(learnable, flags["lr"], **rate)
     view = dict(pad=data.pad, flip=data.flip) if args.augment else {}
     batches = Batches(data.train_x, data.mean, data.std, **view, device=device)
     test = Batches(data.test_x, data.mean, data.std, device=device)

@@ -84,6 +84,7 @@ from common import (
     Batches,
     Dataset,
     Run,
+    TrainingStep,
     UserError,
     accuracy_per_class,
     collapse_metrics,
@@ -644,6 +645,27 @@ def train(args, name: str, seed: int, data: Dataset, run: Run, device: torch.dev
     train_y, test_y = data.train_y.to(device), data.test_y.to(measure)
     start, best, seconds = 0, 0.0, 0.0
 
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        """One batch: images x (B, C, H, W), labels y (B,) -> loss."""
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            f = network(x)
+        h, W, z = head(f)
+        if method.loss == "ce":
+            loss = F.cross_entropy(z, y)
+        elif method.loss == "dr":
+            loss = dot_regression_loss(h, y, W)
+        else:
+            options = dict(reduction=args.reduction, intra=args.intra, epsilon=args.mgd_epsilon)
+            loss = hug_loss(h, y, W, method.loss, alpha, beta, **options)
+        optimizer.zero_grad()
+        loss.backward()
+        if moving:
+            limit_gradient(head.W)
+        optimizer.step()
+        if moving:
+            head.W.data.copy_(unit(head.W.data))  # back onto the sphere
+        return loss.detach()
+
     state = run.load_checkpoint(device)
     if state is not None:
         model.load_state_dict(state["model"])
@@ -655,6 +677,8 @@ def train(args, name: str, seed: int, data: Dataset, run: Run, device: torch.dev
         proxies = torch.Generator().manual_seed(seed)
         W = spread(K, head.W.shape[1], uniformity, proxies, args.mgd_epsilon)
         head.W.data.copy_(W)
+
+    training_step = TrainingStep(step, optimizer, device, capture=not args.compile)
 
     def checkpoint(epoch: int) -> None:
         parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
@@ -671,32 +695,13 @@ def train(args, name: str, seed: int, data: Dataset, run: Run, device: torch.dev
         began = time.perf_counter()
         drawn = torch.randperm(N, generator=generator)
         views, labels = batches.views(drawn, generator), train_y[drawn.to(device)]
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(epoch, args)
+        training_step.set_learning_rate(learning_rate(epoch, args))
         losses = torch.zeros(len(parts), device=device)  # read once an epoch: no step waits for the host
         model.train()
         images = batches.sequence(views, parts)
-        for step, part in enumerate(parts):
-            y = labels[part]
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                f = network(next(images))
-            h, W, z = head(f)
-            if method.loss == "ce":
-                loss = F.cross_entropy(z, y)
-            elif method.loss == "dr":
-                loss = dot_regression_loss(h, y, W)
-            else:
-                options = dict(reduction=args.reduction, intra=args.intra, epsilon=args.mgd_epsilon)
-                loss = hug_loss(h, y, W, method.loss, alpha, beta, **options)
-            optimizer.zero_grad()
-            loss.backward()
-            if moving:
-                limit_gradient(head.W)
-            optimizer.step()
-            if moving:
-                head.W.data.copy_(unit(head.W.data))  # back onto the sphere
-            losses[step] = loss.detach()
-            if step == 0:
+        for i, part in enumerate(parts):
+            losses[i] = training_step(next(images), labels[part])
+            if i == 0:
                 warm = time.perf_counter()
         if not losses.isfinite().all():
             bad = int((~losses.isfinite()).nonzero()[0])

@@ -82,6 +82,7 @@ from common import (
     Dataset,
     Run,
     StoredStatistics,
+    TrainingStep,
     UserError,
     clustering_agreement,
     coarse_labels,
@@ -590,7 +591,8 @@ def loss_of(name: str, z: Tensor, y: Tensor) -> Tensor:
     """ce: cross-entropy; mse: 1/2 mean_i ||z_i - e_y||^2 (Han et al. 2022). Logits z (B, K), y (B,)."""
     if name == "ce":
         return F.cross_entropy(z, y)
-    return 0.5 * (z - F.one_hot(y, z.shape[1])).square().sum(1).mean()
+    e = torch.eye(z.shape[1], device=z.device)  # F.one_hot looks at its labels: the device would be asked
+    return 0.5 * (z - e[y]).square().sum(1).mean()
 
 
 def keep_per_class(y: Tensor, K: int, n: int, seed: int) -> Tensor:
@@ -614,12 +616,28 @@ def train(args, name: str, seed: int, data: Dataset, fine: Fine | None, run: Run
     train_y = data.train_y.to(device)
     start, best, zero_error, seconds = 0, 0.0, 0, 0.0  # zero_error: epoch, 0 as long as there was none
 
+    right = torch.zeros((), device=device)  # images of this epoch that were classified right as they came
+
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        """One batch: images x (B, C, H, W), labels y (B,) -> loss."""
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            h = network(x)
+        z = model["classifier"](h.float())  # (B, d) -> (B, K)
+        loss = loss_of(name, z, y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        right.add_((z.detach().argmax(1) == y).sum())
+        return loss.detach()
+
     state = run.load_checkpoint(device)
     if state is not None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         generator.set_state(state["generator"].cpu())
         start, best, zero_error, seconds = (state[k] for k in ("epoch", "best", "zero_error", "seconds"))
+
+    training_step = TrainingStep(step, optimizer, device, capture=not args.compile)
 
     def checkpoint(epoch: int) -> None:
         parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
@@ -636,23 +654,14 @@ def train(args, name: str, seed: int, data: Dataset, fine: Fine | None, run: Run
         order = torch.randperm(N, generator=generator)
         views = batches.views(order, generator if args.augment else None)
         y = train_y[order.to(device)]
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(epoch, args)
+        training_step.set_learning_rate(learning_rate(epoch, args))
         losses = torch.zeros(len(parts), device=device)  # read once an epoch: no step waits for the host
-        right = torch.zeros((), device=device)
+        right.zero_()
         model.train()
         images = batches.sequence(views, parts)
-        for step, part in enumerate(parts):
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                h = network(next(images))
-            z = model["classifier"](h.float())  # (B, d) -> (B, K)
-            loss = loss_of(name, z, y[part])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses[step] = loss.detach()
-            right += (z.detach().argmax(1) == y[part]).sum()
-            if step == 0:
+        for i, part in enumerate(parts):
+            losses[i] = training_step(next(images), y[part])
+            if i == 0:
                 warm = time.perf_counter()
         if not losses.isfinite().all():
             bad = int((~losses.isfinite()).nonzero()[0])

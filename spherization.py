@@ -75,6 +75,7 @@ from common import (
     Batches,
     Dataset,
     Run,
+    TrainingStep,
     UserError,
     coarse_labels,
     concatenate,
@@ -740,14 +741,16 @@ class Classification:
         self.images = self.batches.sequence(views, self.parts)
         return len(self.parts)
 
-    def loss(self, step: int) -> Tensor:
+    def batch(self, step: int) -> tuple[Tensor, ...]:
         part = self.parts[step]
-        x = next(self.images)
+        return next(self.images), self.y[part], self.degrees[part]
+
+    def loss(self, x: Tensor, y: Tensor, degrees: Tensor) -> Tensor:
         if self.black is not None:
-            x = rotate(x, self.degrees[part], self.black)
+            x = rotate(x, degrees, self.black)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
             z = self.trunk(x)
-        return F.cross_entropy(self.model["head"](z.float())[1], self.y[part])
+        return F.cross_entropy(self.model["head"](z.float())[1], y)
 
     def evaluate(self) -> dict[str, float]:
         logits = embed(self.model, self.test, torch.arange(self.test.N), self.args.precision)[1]
@@ -833,9 +836,11 @@ class FewShot:
         self.images = self.batches.sequence(views, parts)
         return a.episodes
 
-    def loss(self, step: int) -> Tensor:
+    def batch(self, step: int) -> tuple[Tensor]:
+        return (next(self.images),)
+
+    def loss(self, x: Tensor) -> Tensor:
         a = self.args
-        x = next(self.images)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=a.precision == "bf16"):
             z = self.trunk(x)
         h = self.model["head"](z.float()).view(1, a.way, a.shots + a.queries, -1)
@@ -900,6 +905,13 @@ def train(args, name: str, seed: int, data: Dataset, run: Run, device: torch.dev
         optimizer = torch.optim.SGD(learnable, args.lr, **rate)
     start, best, seconds = 0, 0.0, 0.0
 
+    def step(*batch: Tensor) -> Tensor:
+        loss = task.loss(*batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
     state = run.load_checkpoint(device)
     if state is not None:
         model.load_state_dict(state["model"])
@@ -909,6 +921,8 @@ def train(args, name: str, seed: int, data: Dataset, run: Run, device: torch.dev
         if "cuda" in state["random"] and device.type == "cuda":
             torch.cuda.set_rng_state(state["random"]["cuda"].cpu(), device)
         start, best, seconds = state["epoch"], state["best"], state["seconds"]
+
+    training_step = TrainingStep(step, optimizer, device, capture=not args.compile)
 
     def checkpoint(epoch: int) -> None:
         parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
@@ -925,17 +939,12 @@ def train(args, name: str, seed: int, data: Dataset, run: Run, device: torch.dev
         began = time.perf_counter()
         steps = task.draw(generator)
         steps = min(steps, 2) if args.dry_run else steps
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(epoch, args)
+        training_step.set_learning_rate(learning_rate(epoch, args))
         losses = torch.zeros(steps, device=device)  # read once an epoch: no step waits for the host
         model.train()
-        for step in range(steps):
-            loss = task.loss(step)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses[step] = loss.detach()
-            if step == 0:
+        for i in range(steps):
+            losses[i] = training_step(*task.batch(i))
+            if i == 0:
                 warm = time.perf_counter()
         if not losses.isfinite().all():
             bad = int((~losses.isfinite()).nonzero()[0])

@@ -1,6 +1,7 @@
 """What all tests share: the scripts' folder on the path, one thread, and what a user's mistake looks like."""
 
 import contextlib
+import signal
 import sys
 from pathlib import Path
 
@@ -11,6 +12,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other, and sums stay the same
+
+# Where the tests run in a shell's background, Ctrl-C is ignored, and what they start would ignore it too
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A busy machine is no bug (no deadline), and a test that failed once must fail again (derandomized).
 hypothesis.settings.register_profile("here", deadline=None, derandomize=True, max_examples=40)
