@@ -31,6 +31,7 @@ REMEDY 2, the loss: read the mixed label (i, j, lam) as a class of its own, with
     python bmls_msclf.py                                          digits, long-tailed; a minute on two cores
     python bmls_msclf.py --synthetic                              the theory above, claim by claim
     python bmls_msclf.py --dataset cifar100lt --method ce mixup cb-mixup bmls bmls+ms --seed 0 1 2
+    torchrun --nproc-per-node 4 bmls_msclf.py --dataset folder:PATH  four GPUs
 
 WHAT TO EXPECT. On digits (5 seeds, 30 epochs, last epoch): ce 54 ± 7%, mixup 46 ± 5, cb-mixup 87 ± 1, bmls
 84 ± 3, cb+ms 86 ± 2, bmls+ms 88 ± 2. Balanced pairs, in whichever way, are worth 40 points over Mixup's;
@@ -81,20 +82,29 @@ from common import (
     TrainingStep,
     UserError,
     accuracy_per_class,
+    agree,
     collapse_metrics,
     cosines,
     expected_calibration_error,
+    first_rank_first,
     hardware,
+    in_parallel,
+    join_ranks,
     load_dataset,
     mean_pairwise_cosine,
     mean_std,
     metric_device,
+    own_share,
     pick_device,
     pick_precision,
+    quiet_but_first,
+    ranks,
     run_side_by_side,
+    share_of_mean,
     shot_groups,
     split_evenly,
     table,
+    whole,
     write_atomically,
 )
 
@@ -652,15 +662,18 @@ def train(args, name: str, seed: int, data: Dataset, run: Run, device: torch.dev
     generator = torch.Generator().manual_seed(seed)  # order, augmentation, mixing; all on the CPU
     torch.manual_seed(seed)  # initialisation
     model = build_model(args, method, data).to(device, memory_format=torch.channels_last)
-    network = torch.compile(model["network"]) if args.compile else model["network"]
-    classifier = model["classifier"]
+    network, classifier = in_parallel(model)
+    network = torch.compile(network) if args.compile else network
     learnable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(learnable, args.lr, momentum=0.9, weight_decay=args.weight_decay)
 
-    def step(x: Tensor, a: Tensor, x_b=None, b=None, share=None) -> Tensor:
-        """One batch: images x (B, C, H, W), labels a (B,); what is mixed in, and lam (1,) or (B,) -> loss."""
+    def step(weight: Tensor, x: Tensor, a: Tensor, x_b=None, b=None, lam=None) -> Tensor:
+        """One batch: images x (B, C, H, W), labels a (B,); what is mixed in, and lam (1,) or (B,) -> loss.
+
+        weight (): 1 on one GPU; on several what the mean over this one's share is worth.
+        """
         if method.loss != "ce":
-            mix = share[:, None, None, None]
+            mix = lam[:, None, None, None]
             x = mix * x + (1 - mix) * x_b  # (B, C, H, W)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             h = network(x)
@@ -668,15 +681,16 @@ def train(args, name: str, seed: int, data: Dataset, run: Run, device: torch.dev
         if method.loss == "ce":
             loss = F.cross_entropy(z, a)
         elif method.loss == "mixup":
-            loss = mixup_loss(z, a, b, share)
+            loss = mixup_loss(z, a, b, lam)
         elif method.loss == "remix":
-            loss = mixup_loss(z, a, b, remix_lam(share, n[a], n[b]))
+            loss = mixup_loss(z, a, b, remix_lam(lam, n[a], n[b]))
         elif args.ms == "raw":
-            loss = ms_raw(z, a, b, share)
+            loss = ms_raw(z, a, b, lam)
         elif args.ms == "unit":
-            loss = ms_unit(h, W, a, b, share, args.scale)
+            loss = ms_unit(h, W, a, b, lam, args.scale)
         else:
-            loss = ms_dot(h, W, a, b, share)
+            loss = ms_dot(h, W, a, b, lam)
+        loss = weight * loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -691,7 +705,8 @@ def train(args, name: str, seed: int, data: Dataset, run: Run, device: torch.dev
     mixed_counts = torch.zeros(K, K, dtype=torch.long)  # how often (a, b) was drawn
     start, best, seconds = 0, 0.0, 0.0
 
-    state = run.load_checkpoint(device)
+    with first_rank_first():
+        state = run.load_checkpoint(device)
     if state is not None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -713,10 +728,10 @@ def train(args, name: str, seed: int, data: Dataset, run: Run, device: torch.dev
     if state is None:
         checkpoint(0)  # so that Ctrl-C in the first epoch leaves something to resume
     parts = split_evenly(N, args.batch_size)[: 2 if args.dry_run else None]
+    own, weight = [own_share(part) for part in parts], share_of_mean(parts).to(device)
     ahead, title = range(start, args.epochs), f"{name} seed {seed}"
-    bar = tqdm(
-        ahead, initial=start, total=args.epochs, desc=title, disable=None
-    )  # None: silent without terminal
+    hide = True if ranks()[0] else None  # None: silent without terminal
+    bar = tqdm(ahead, initial=start, total=args.epochs, desc=title, disable=hide)
     for epoch in bar:
         began = time.perf_counter()
         # An epoch is drawn at once: N mixed samples, so that every method takes the same number of steps
@@ -731,15 +746,16 @@ def train(args, name: str, seed: int, data: Dataset, run: Run, device: torch.dev
         training_step.set_learning_rate(learning_rate(epoch, args))
         losses = torch.zeros(len(parts), device=device)  # read once an epoch: no step waits for the host
         model.train()
-        images_a, images_b = (batches.sequence(view, parts) for view in (view_a, view_b))
-        for i, part in enumerate(parts):
+        images_a, images_b = (batches.sequence(view, own) for view in (view_a, view_b))
+        for i, part in enumerate(own):
             if method.loss == "ce":
-                losses[i] = training_step(next(images_a), a[part])
+                losses[i] = training_step(weight[i], next(images_a), a[part])
             else:
                 share = lam[i : i + 1] if args.lam == "batch" else lam[part]  # (1,) or (B,)
-                losses[i] = training_step(next(images_a), a[part], next(images_b), b[part], share)
+                losses[i] = training_step(weight[i], next(images_a), a[part], next(images_b), b[part], share)
             if i == 0:
                 warm = time.perf_counter()
+        agree(model, losses)
         if not losses.isfinite().all():
             bad = int((~losses.isfinite()).nonzero()[0])
             raise UserError(
@@ -753,7 +769,8 @@ def train(args, name: str, seed: int, data: Dataset, run: Run, device: torch.dev
             per_class = accuracy_per_class(z.argmax(1), test_y, K)
             line["accuracy"] = float((z.argmax(1) == test_y).double().mean())
             line |= {group: float(per_class[members].mean()) for group, members in groups.items()}
-            line["minority_cosine_W"] = mean_pairwise_cosine(classifier.W.detach().to(measure), groups["few"])
+            W = model["classifier"].W.detach().to(measure)
+            line["minority_cosine_W"] = mean_pairwise_cosine(W, groups["few"])
             best = max(best, line["accuracy"])
             bar.set_postfix(loss=f"{line['loss']:.3f}", accuracy=f"{100 * line['accuracy']:.2f}")
         line["seconds"] = seconds
@@ -782,12 +799,13 @@ def evaluate(model: nn.ModuleDict, batches: Batches, precision: str) -> tuple[Te
     model.eval()
     views = batches.views(torch.arange(batches.N))
     hs, zs = [], []
-    for x in batches.sequence(views, split_evenly(batches.N, 1000)):
+    parts = split_evenly(batches.N, 1000 * ranks()[1])
+    for part, x in zip(parts, batches.sequence(views, [own_share(part) for part in parts]), strict=True):
         with torch.autocast(batches.device.type, torch.bfloat16, enabled=precision == "bf16"):
             h = model["network"](x)
         h, _, z = model["classifier"](h)
-        hs.append(h)
-        zs.append(z)
+        hs.append(whole(h, part))
+        zs.append(whole(z, part))
     measure = metric_device(batches.device)
     return torch.cat(hs).to(measure), torch.cat(zs).to(measure)
 
@@ -937,7 +955,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--out", type=Path, default="runs", help="run folders go to OUT/bmls_msclf/DATASET/METHOD/seedS")
     add("--method", nargs="+", default=["ce", "mixup", "bmls+ms"], choices=methods, help="one or more")
     add("--epochs", type=int, help="200; mnist 40, fashionmnist 100, digits 30")
-    add("--batch-size", type=int, help="128; digits 32")
+    add("--batch-size", type=int, help="of all GPUs together: 128; digits 32")
     add("--lr", type=float, default=0.1, help="peak learning rate")
     add("--weight-decay", type=float, default=2e-4, help="on all parameters")
     add("--seed", type=int, nargs="+", default=[0], help="one or more; of weights, order, views and mixing")
@@ -999,14 +1017,21 @@ NOT_IN_CONFIG |= {"jobs", "words"}
 def program(args: argparse.Namespace) -> dict:
     """Every method with every seed, one after another; the table and the figures. Raises UserError."""
     if args.synthetic:
-        return {"ok": synthetic(args.out / "bmls_msclf" / "synthetic")}
-    device = pick_device(args.device)
+        return {"ok": ranks()[0] > 0 or synthetic(args.out / "bmls_msclf" / "synthetic")}
+    device = join_ranks(pick_device(args.device))
     args.precision = pick_precision(args.precision, device)
     tail = dict(imbalance=args.imbalance, profile=args.profile, subset_seed=args.subset_seed)
-    data = load_dataset(args.dataset, args.data_dir, **tail, image_size=args.image_size)
+    with first_rank_first():  # which may have to download
+        data = load_dataset(args.dataset, args.data_dir, **tail, image_size=args.image_size)
     K, N, n = len(data.classes), len(data.train_y), data.counts
     if N < 2:
         raise UserError(f"--dataset {args.dataset}: {N} training image, and BatchNorm needs two")
+    count, least = ranks()[1], min(part.stop - part.start for part in split_evenly(N, args.batch_size))
+    if count > 1 and (least < 2 * count or len(data.test_y) < count):  # BatchNorm needs two
+        raise UserError(
+            f"--batch-size {args.batch_size}: it is that of all {count} processes together, and the smallest "
+            f"batch has {least} images, the test set {len(data.test_y)}; expected {2 * count} or more"
+        )
     folder = args.out / "bmls_msclf" / args.dataset.replace(":", "-").replace("/", "-")
     print(f"{args.dataset}: {K} classes, {N:,} training images ({n.max()} to {n.min()} a class), ", end="")
     print(f"{len(data.test_y):,} test images\n{hardware(device)}, {args.precision}; into {folder}")
@@ -1024,15 +1049,18 @@ def program(args: argparse.Namespace) -> dict:
             flags = {key: value for key, value in vars(args).items() if key not in NOT_IN_CONFIG}
             flags |= {"method": name, "seed": seed}
             again = dict(resume=args.resume, overwrite=args.overwrite)
-            run = Run(folder / name / f"seed{seed}", flags, Path(__file__), **again, device=device)
+            with first_rank_first():
+                run = Run(folder / name / f"seed{seed}", flags, Path(__file__), **again, device=device)
             if run.finished:
                 accuracy = 100 * run.finished["accuracy"]
                 print(f"{name} seed {seed}: done before, {accuracy:.2f}%; --overwrite redoes it")
             else:
                 train(args, name, seed, data, run, device)
-                draw_figures(run.folder, [run])
+                if not ranks()[0]:
+                    draw_figures(run.folder, [run])
             runs.append(run)
-    if args.jobs == 0:  # one of several at once: the common table and figures are for the one who started us
+    # one of several at once: the common table and figures are for the one who started us
+    if args.jobs == 0 or ranks()[0]:
         return {"results": [run.finished for run in runs], "folder": str(folder)}
     print(f"\n{results_table(runs)}\nLast epoch. Groups: {runs[0].finished['rule']}.")
     print("minority cos: mean cosine of the few's class vectors, 1 where the minority has collapsed")
@@ -1044,13 +1072,15 @@ def program(args: argparse.Namespace) -> dict:
 def main(argv: list[str] | None = None) -> dict:
     """Run the command line. Exit code 2 after bad input, 1 after a failed claim, 130 after Ctrl-C."""
     try:
-        result = program(parse(argv))
+        with quiet_but_first():
+            result = program(parse(argv))
     except UserError as error:
         print(f"bmls_msclf.py: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         words = [w for w in (sys.argv[1:] if argv is None else argv) if w not in ("--resume", "--overwrite")]
-        command = shlex.join(["python", "bmls_msclf.py", *words, "--resume"])
+        launch = ["torchrun", "--nproc-per-node", str(ranks()[1])] if ranks()[1] > 1 else ["python"]
+        command = shlex.join([*launch, "bmls_msclf.py", *words, "--resume"])
         if words[-2:] != ["--jobs", "0"]:  # else the one who started us says it
             print(f"\ninterrupted; go on with: {command}", file=sys.stderr)
         sys.exit(130)

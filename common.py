@@ -5,7 +5,7 @@
 Four parts, each under its own banner:
     Data      load_dataset -> Dataset (uint8); long tails; sampling orders; Batches, the loader
     Metrics   accuracy by class and by class size, calibration, neural collapse in one pass, clustering
-    Step      a training step as a CUDA graph
+    Step      a training step as a CUDA graph; several processes, one for each GPU
     Record    the run folder: config, metrics by epoch, checkpoint, result, features
 
 Symbols, here and in every script: K classes, d feature dimension, N samples, B batch, n_k images of class k,
@@ -13,6 +13,7 @@ h features (row vectors), W class vectors (K, d), M class means (K, d).
 """
 
 import contextlib
+import datetime
 import functools
 import itertools
 import json
@@ -33,7 +34,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, get_worker_info
 
 
@@ -332,7 +335,7 @@ def _read_folder(path: Path, size: int) -> dict[str, np.ndarray | FolderImages]:
             f"--dataset folder:{path}: train and test have different classes ({odd} is in one only)"
         )
     arrays, needed = {"classes": np.array(classes)}, sum(map(len, found.values())) * size * size * 3
-    if needed > _FOLDER_LIMIT:
+    if needed > _FOLDER_LIMIT and not ranks()[0]:
         print(
             f"folder:{path}: {needed / 2**30:.3g} GiB at --image-size {size} are too much to hold in memory; "
             "images stream from disk, and are read once now for their mean and std",
@@ -618,7 +621,7 @@ class Batches:
         """(B, H, W * C) uint8, a quarter of the bytes to copy to the device -> (B, C, H, W) float32."""
         x = x.to(self.device, non_blocking=self.device.type == "cuda")
         x = torch.addcmul(self.shift, x.float(), self.scale)
-        return x.view(-1, self.H, self.W, self.C).permute(0, 3, 1, 2)
+        return x.view(len(x), self.H, self.W, self.C).permute(0, 3, 1, 2)
 
     def sequence(self, views: Views, parts: list[slice]) -> Iterator[Tensor]:
         """load(views[part]) for each part in turn. Raises UserError for a file that is no readable image."""
@@ -1173,7 +1176,8 @@ class TrainingStep:
 
     def __init__(self, step, optimizer: torch.optim.Optimizer, device: torch.device, capture: bool = True):
         cuda = device.type == "cuda"
-        self.step, self.optimizer, self.capture = step, optimizer, capture and cuda
+        self.step, self.optimizer = step, optimizer
+        self.capture = capture and cuda and ranks()[1] == 1  # between ranks the step waits for messages
         self.seen: Counter[tuple] = Counter()
         self.graphs: dict[tuple, tuple] = {}
         if self.capture:  # one memory pool: no two replays run at once, and none leaves anything behind
@@ -1232,6 +1236,116 @@ class TrainingStep:
         return True
 
 
+def ranks() -> tuple[int, int]:
+    """Under torchrun, which of how many processes this is: (rank, number). (0, 1) without it."""
+    rank, count = (int(os.environ.get(name, -1)) for name in ("RANK", "WORLD_SIZE"))
+    return (rank, count) if rank >= 0 and count > 1 else (0, 1)
+
+
+# torchrun starts a process (a rank) for each GPU of a machine. Every rank draws the whole epoch from the same
+# generator, so that order, cycles and counts are those of one process, and trains on its share of each batch.
+# All that follows does nothing for one process.
+
+
+@contextlib.contextmanager
+def quiet_but_first() -> Iterator[None]:
+    """Only rank 0 prints. A rank that fails leaves the word to rank 0, after whose end torchrun ends it."""
+    if ranks()[0]:
+        sys.stdout = open(os.devnull, "w")
+        # after Ctrl-C go on for a second, so that rank 0 is not stuck in waiting for us
+        signal.signal(signal.SIGINT, lambda *_: threading.Timer(1, os._exit, [130]).start())
+    try:
+        yield
+    except Exception:
+        time.sleep(5 if ranks()[0] else 0)  # whoever wakes up has failed alone, and may speak
+        raise
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def join_ranks(device: torch.device) -> torch.device:
+    """Meet the other ranks; returns this rank's own device. Raises UserError where there are too few."""
+    rank, count = ranks()
+    if count == 1:
+        return device
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", count))
+    there_are = {"cuda": torch.cuda.device_count(), "mps": 1}.get(device.type, here)
+    if here > there_are:
+        raise UserError(f"--device {device.type}: {there_are} for {here} processes; lower --nproc-per-node")
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
+        torch.cuda.set_device(device)
+    # a day: the others wait while rank 0 reads data, writes and draws
+    wait = datetime.timedelta(days=1)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=wait)
+    return device
+
+
+@contextlib.contextmanager
+def first_rank_first() -> Iterator[None]:
+    """The block on rank 0, then on the others, which find what it downloaded or wrote; all leave together."""
+    rank, count = ranks()
+    if count > 1 and rank:
+        dist.barrier()
+    yield
+    if count > 1:
+        if not rank:
+            dist.barrier()
+        dist.barrier()
+
+
+def own_share(part: slice) -> slice:
+    """This rank's part of a batch: as many images as any other's, or one more or less."""
+    (rank, count), B = ranks(), part.stop - part.start
+    return slice(part.start + B * rank // count, part.start + B * (rank + 1) // count)
+
+
+def whole(rows: Tensor, part: slice) -> Tensor:
+    """What each rank has for its share of a batch, a row an image -> those of the whole batch, (B, ...)."""
+    if ranks()[1] == 1:
+        return rows
+    own, result = own_share(part), rows.new_zeros(part.stop - part.start, *rows.shape[1:])
+    result[own.start - part.start : own.stop - part.start] = rows
+    dist.all_reduce(result)
+    return result
+
+
+def in_parallel(model: torch.nn.ModuleDict) -> list[torch.nn.Module]:
+    """The model's parts as training calls them: their gradients are means over the ranks.
+
+    All ranks begin with rank 0's tensors. On CUDA BatchNorm's statistics are those of the whole batch, on
+    a CPU, where PyTorch has no such layer, of the rank's share.
+    """
+    if ranks()[1] == 1:
+        return list(model.values())
+    if next(model.parameters()).is_cuda:
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place, under the same names
+    for tensor in model.state_dict().values():
+        dist.broadcast(tensor, 0)
+    return [
+        DistributedDataParallel(part) if any(p.requires_grad for p in part.parameters()) else part
+        for part in model.values()
+    ]
+
+
+def share_of_mean(parts: list[slice]) -> Tensor:
+    """Weights (steps,) of this rank's losses: ranks * n / B for its n of a batch's B images, else 1.
+
+    The mean over the ranks of weight * loss is then the mean over the batch, and so are the gradients.
+    """
+    B = torch.tensor([[p.stop - p.start for p in found] for found in (map(own_share, parts), parts)])
+    return ranks()[1] * B[0] / B[1]
+
+
+def agree(model: torch.nn.Module, losses: Tensor) -> None:
+    """At the end of an epoch: losses become their means over the ranks, BatchNorm's statistics rank 0's."""
+    if ranks()[1] > 1:
+        dist.all_reduce(losses)
+        losses /= ranks()[1]
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
 # %% ----------------------------------------------------------------------------------------------- Record
 
 
@@ -1263,13 +1377,14 @@ def pick_precision(name: str, device: torch.device) -> str:
 
 def hardware(device: torch.device) -> str:
     """What the run ran on, in words, for config.json and for tables."""
+    times = f"{ranks()[1]} x " if ranks()[1] > 1 else ""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        return times + torch.cuda.get_device_name(device)
     model = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
         model = found.group(1).strip() if found else model
-    return f"{model}, {torch.get_num_threads()} threads"
+    return f"{times}{model}, {torch.get_num_threads()} threads"
 
 
 def write_atomically(path: Path, write, shared: bool = False) -> None:
@@ -1278,7 +1393,10 @@ def write_atomically(path: Path, write, shared: bool = False) -> None:
     The temporary file has the same name each time, so that the next write takes up what a kill left behind;
     shared: a name of this process's own, for a path that another process may be writing at the same moment.
     Raises UserError where the folder cannot be written or the disk is full; the temporary file is removed.
+    Under torchrun only rank 0 writes.
     """
+    if ranks()[0]:
+        return
     part = path.with_name(f".{path.name}.{f'{os.getpid()}.' if shared else ''}part{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1333,7 +1451,7 @@ class Run:
         self.history: list[dict] = []
         self.finished: dict | None = None
         flags = json.loads(json.dumps(flags))  # as it will read back: tuples are lists
-        if overwrite:
+        if overwrite and not ranks()[0]:
             self._clear()
         config = self._read_json("config.json")
         result = self._read_json("result.json")
@@ -1458,8 +1576,11 @@ def run_side_by_side(script: Path, args, device: torch.device) -> None:
     A process is the same command line (args.words) with one --method, one --seed and `--jobs 0`, which trains
     and leaves the common table and figures to us. On the CPU they share the cores (OMP_NUM_THREADS); of
     several GPUs each takes one. Each has its own progress bar in a terminal. After a failure no other is
-    started. Raises UserError where one failed; Ctrl-C reaches all of them, and each leaves its checkpoint.
+    started. Ctrl-C reaches all of them, and each leaves its checkpoint. Raises UserError where one failed,
+    and under torchrun.
     """
+    if ranks()[1] > 1:
+        raise UserError(f"--jobs {args.jobs}: torchrun runs one job in several processes; leave out --jobs")
     waiting = list(itertools.product(args.method, args.seed))
     total, began, failed = len(waiting), time.monotonic(), []
     running: dict[int, tuple[str, subprocess.Popen]] = {}  # by place, 0 to N - 1

@@ -27,6 +27,7 @@ REMEDY 2, the loss: with the target known, regress on it. A pull, no push, and t
     python etf_dr.py                                              digits, long-tailed; all methods
     python etf_dr.py --synthetic                                  the theory above, claim by claim
     python etf_dr.py --dataset cifar100lt --method ce etf+dr etf+dr+mixup --seed 0 1 2
+    torchrun --nproc-per-node 4 etf_dr.py --dataset folder:PATH   four GPUs
 
 WHAT TO EXPECT. On digits, 142 images to 1 (5 seeds, 20 epochs, last epoch): ce 46 ± 2%, ce+mixup 37 ± 6,
 etf+ce 68 ± 1, etf+dr 79 ± 3, etf+dr+mixup 71 ± 2. Without class lengths etf+dr has 71 ± 2, and with the
@@ -84,19 +85,28 @@ from common import (
     TrainingStep,
     UserError,
     accuracy_per_class,
+    agree,
     collapse_metrics,
     cosines,
+    first_rank_first,
     hardware,
+    in_parallel,
+    join_ranks,
     load_dataset,
     mean_pairwise_cosine,
     mean_std,
     metric_device,
+    own_share,
     pick_device,
     pick_precision,
+    quiet_but_first,
+    ranks,
     run_side_by_side,
+    share_of_mean,
     shot_groups,
     split_evenly,
     table,
+    whole,
     write_atomically,
 )
 
@@ -672,8 +682,8 @@ def train(args, name: str, seed: int, data: Dataset, run: Run, device: torch.dev
     generator = torch.Generator().manual_seed(seed)  # order, augmentation, mixing; all on the CPU
     torch.manual_seed(seed)  # initialisation
     model = build_model(args, method, data).to(device, memory_format=torch.channels_last)
-    network = torch.compile(model["network"]) if args.compile else model["network"]
-    classifier = model["classifier"]
+    network, classifier = in_parallel(model)
+    network = torch.compile(network) if args.compile else network
     learnable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(learnable, args.lr, momentum=0.9, weight_decay=args.weight_decay)
     batches = Batches(data.train_x, data.mean, data.std, pad=data.pad, flip=data.flip, device=device)
@@ -689,22 +699,28 @@ def train(args, name: str, seed: int, data: Dataset, run: Run, device: torch.dev
             return cross_entropy_loss(h, W, y, length)
         return dot_regression_loss(h, W, y, args.E_W, args.E_H, length)
 
-    def step(x: Tensor, a: Tensor, b=None, partner=None, lam=None) -> Tensor:
-        """One batch: images x (B, C, H, W), labels a (B,); its partners' labels, places, lam () -> loss."""
+    def step(weight: Tensor, everyone: Tensor, x: Tensor, a: Tensor, x_b=None, b=None, lam=None) -> Tensor:
+        """One batch: images x (B, C, H, W), labels a (B,); what is mixed in, and lam () -> loss.
+
+        On several GPUs it is this one's share of a batch: weight (), which is else 1, is what the mean over
+        the share is worth, and `everyone` the labels of the whole batch, by which class lengths are counted.
+        """
         if method.mixup:
-            x = lam * x + (1 - lam) * x[partner]  # (B, C, H, W)
+            x = lam * x + (1 - lam) * x_b  # (B, C, H, W)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             h = network(x)
-        (h, W), length = classifier(h), class_length(a, K) if weighed else None
+        (h, W), length = classifier(h), class_length(everyone, K) if weighed else None
         loss = loss_of(h, W, a, length)
         if method.mixup:  # L = lam L(h, a) + (1 - lam) L(h, b): the losses are mixed, not the targets
             loss = lam * loss + (1 - lam) * loss_of(h, W, b, length)
+        loss = weight * loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         return loss.detach()
 
-    state = run.load_checkpoint(device)
+    with first_rank_first():
+        state = run.load_checkpoint(device)
     if state is not None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -722,9 +738,8 @@ def train(args, name: str, seed: int, data: Dataset, run: Run, device: torch.dev
         checkpoint(0)  # so that Ctrl-C in the first epoch leaves something to resume
     parts = split_evenly(N, args.batch_size)
     ahead, title = range(start, args.epochs), f"{name} seed {seed}"
-    bar = tqdm(
-        ahead, initial=start, total=args.epochs, desc=title, disable=None
-    )  # None: silent without terminal
+    hide = True if ranks()[0] else None  # None: silent without terminal
+    bar = tqdm(ahead, initial=start, total=args.epochs, desc=title, disable=hide)
     for epoch in bar:
         began = time.perf_counter()
         # An epoch is drawn at once: every image once, whatever its class (instance-balanced)
@@ -737,12 +752,17 @@ def train(args, name: str, seed: int, data: Dataset, run: Run, device: torch.dev
         steps = parts[: 2 if args.dry_run else None]
         losses = torch.zeros(len(steps), device=device)  # read once an epoch: no step waits for the host
         model.train()
-        images = batches.sequence(views, steps)
-        for i, part in enumerate(steps):
-            mixed = (labels[partner[part]], partner[part] - part.start, lam[i]) if method.mixup else ()
-            losses[i] = training_step(next(images), labels[part], *mixed)
+        own, weight = [own_share(part) for part in steps], share_of_mean(steps).to(device)
+        images, partners = batches.sequence(views, own), batches.sequence(views[partner], own)
+        for i, (part, batch) in enumerate(zip(own, steps, strict=True)):
+            x, mixed = next(images), ()
+            if method.mixup:  # the partners of a share may be in another GPU's
+                x_b = x[partner[part] - part.start] if ranks()[1] == 1 else next(partners)
+                mixed = x_b, labels[partner[part]], lam[i]
+            losses[i] = training_step(weight[i], labels[batch], x, labels[part], *mixed)
             if i == 0:
                 warm = time.perf_counter()
+        agree(model, losses)
         if not losses.isfinite().all():
             bad = int((~losses.isfinite()).nonzero()[0])
             raise UserError(
@@ -785,13 +805,13 @@ def evaluate(model: nn.ModuleDict, batches: Batches, precision: str, index: Tens
     model.eval()
     views = batches.views(torch.arange(batches.N) if index is None else index)
     hs, predictions = [], []
-    parts = split_evenly(len(views.index), 1000 if batches.H < 64 else 100)
-    for x in batches.sequence(views, parts):
+    parts = split_evenly(len(views.index), (1000 if batches.H < 64 else 100) * ranks()[1])
+    for part, x in zip(parts, batches.sequence(views, [own_share(part) for part in parts]), strict=True):
         with torch.autocast(batches.device.type, torch.bfloat16, enabled=precision == "bf16"):
             h = model["network"](x)
         h, W = model["classifier"](h)
-        hs.append(h)
-        predictions.append((h @ W.T).argmax(1))
+        hs.append(whole(h, part))
+        predictions.append(whole((h @ W.T).argmax(1), part))
     return [v.detach().to(metric_device(batches.device)) for v in (torch.cat(hs), W, torch.cat(predictions))]
 
 
@@ -1018,7 +1038,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--out", type=Path, default="runs", help="run folders go to OUT/etf_dr/DATASET/METHOD/seedS")
     add("--method", nargs="+", default=list(METHODS), choices=[*METHODS, "all"], help="one or more")
     add("--epochs", type=int, help="200; folder 90, fashionmnist 100, mnist 40, digits 20")
-    add("--batch-size", type=int, help="128; folder 256, digits 32")
+    add("--batch-size", type=int, help="of all GPUs together: 128; folder 256, digits 32")
     add("--lr", type=float, default=0.1, help="peak learning rate")
     add("--weight-decay", type=float, default=2e-4, help="on all parameters")
     add("--seed", type=int, nargs="+", default=[0], help="one or more; of weights, order, views and mixing")
@@ -1087,17 +1107,24 @@ NOT_IN_CONFIG |= {"jobs", "words"}
 def program(args: argparse.Namespace) -> dict:
     """Every method with every seed, one after another; the table and the figures. Raises UserError."""
     if args.synthetic:
-        return {"ok": synthetic(args.out / "etf_dr" / "synthetic")}
-    device = pick_device(args.device)
+        return {"ok": ranks()[0] > 0 or synthetic(args.out / "etf_dr" / "synthetic")}
+    device = join_ranks(pick_device(args.device))
     args.precision = pick_precision(args.precision, device)
     tail = dict(imbalance=args.imbalance, profile=args.profile, subset_seed=args.subset_seed)
-    data = load_dataset(args.dataset, args.data_dir, **tail, image_size=args.image_size)
+    with first_rank_first():  # which may have to download
+        data = load_dataset(args.dataset, args.data_dir, **tail, image_size=args.image_size)
     K, N, n = len(data.classes), len(data.train_y), data.counts
     if K < 2 or N < 2:
         found = f"{K} classes, {N} training images" if K > 1 else "one class"
         raise UserError(f"--dataset {args.dataset}: {found}; expected two or more")
     if not n.all():
         raise UserError(f"--dataset {args.dataset}: class {int(n.argmin())} has no training image")
+    count, least = ranks()[1], min(part.stop - part.start for part in split_evenly(N, args.batch_size))
+    if count > 1 and (least < 2 * count or len(data.test_y) < count):  # BatchNorm needs two
+        raise UserError(
+            f"--batch-size {args.batch_size}: it is that of all {count} processes together, and the smallest "
+            f"batch has {least} images, the test set {len(data.test_y)}; expected {2 * count} or more"
+        )
     folder = args.out / "etf_dr" / args.dataset.replace(":", "-").replace("/", "-")
     print(f"{args.dataset}: {K} classes, {N:,} training images ({n.max()} to {n.min()} a class), ", end="")
     print(f"{len(data.test_y):,} test images\n{hardware(device)}, {args.precision}; into {folder}")
@@ -1115,15 +1142,18 @@ def program(args: argparse.Namespace) -> dict:
             flags = {key: value for key, value in vars(args).items() if key not in NOT_IN_CONFIG}
             flags |= {"method": name, "seed": seed}
             again = dict(resume=args.resume, overwrite=args.overwrite)
-            run = Run(folder / name / f"seed{seed}", flags, Path(__file__), **again, device=device)
+            with first_rank_first():
+                run = Run(folder / name / f"seed{seed}", flags, Path(__file__), **again, device=device)
             if run.finished:
                 accuracy = 100 * run.finished["accuracy"]
                 print(f"{name} seed {seed}: done before, {accuracy:.2f}%; --overwrite redoes it")
             else:
                 train(args, name, seed, data, run, device)
-                draw_figures(run.folder, [run])
+                if not ranks()[0]:
+                    draw_figures(run.folder, [run])
             runs.append(run)
-    if args.jobs == 0:  # one of several at once: the common table and figures are for the one who started us
+    # one of several at once: the common table and figures are for the one who started us
+    if args.jobs == 0 or ranks()[0]:
         return {"results": [run.finished for run in runs], "folder": str(folder)}
     print(f"\n{results_table(runs)}\nLast epoch. Groups: {runs[0].finished['rule']}.")
     print("minority cos: mean cosine of the few's class vectors, 1 where the minority has collapsed")
@@ -1135,13 +1165,15 @@ def program(args: argparse.Namespace) -> dict:
 def main(argv: list[str] | None = None) -> dict:
     """Run the command line. Exit code 2 after bad input, 1 after a failed claim, 130 after Ctrl-C."""
     try:
-        result = program(parse(argv))
+        with quiet_but_first():
+            result = program(parse(argv))
     except UserError as error:
         print(f"etf_dr.py: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         words = [w for w in (sys.argv[1:] if argv is None else argv) if w not in ("--resume", "--overwrite")]
-        command = shlex.join(["python", "etf_dr.py", *words, "--resume"])
+        launch = ["torchrun", "--nproc-per-node", str(ranks()[1])] if ranks()[1] > 1 else ["python"]
+        command = shlex.join([*launch, "etf_dr.py", *words, "--resume"])
         if words[-2:] != ["--jobs", "0"]:  # else the one who started us says it
             print(f"\ninterrupted; go on with: {command}", file=sys.stderr)
         sys.exit(130)

@@ -40,14 +40,14 @@ def test_a_script_imports_no_other_script(path):
 
 
 def printed_commands():
-    """`python SCRIPT.py ...` in README, in the results and in the scripts' docstrings."""
+    """`python SCRIPT.py ...`, or torchrun, in README, in the results and in the scripts' docstrings."""
     sources = [ROOT / "README.md", *sorted((ROOT / "results").glob("*.md")), *SCRIPTS]
     for source in sources:
         text = (
             ast.get_docstring(ast.parse(source.read_text())) if source.suffix == ".py" else source.read_text()
         )
         text = text.replace("\\\n", " ")
-        for script, words in re.findall(r"python (\w+)\.py([^\n`#&|;]*)", text):
+        for script, words in re.findall(r"(?:python|torchrun [^\n`]*) (\w+)\.py([^\n`#&|;]*)", text):
             if script in METHODS:
                 yield pytest.param(script, words, id=f"{source.name}: {script}{words}")
 
