@@ -667,6 +667,26 @@ def train(args, name: str, seed: int, data: Dataset, run: Run, device: torch.dev
     learnable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(learnable, args.lr, momentum=0.9, weight_decay=args.weight_decay)
 
+    cycles = ClassCycles(data.train_y, K, generator)
+    pairs = PairSampler(K, generator, args.pairs)
+    batches = Batches(data.train_x, data.mean, data.std, pad=data.pad, flip=data.flip, device=device)
+    test = Batches(data.test_x, data.mean, data.std, device=device)
+    n, measure = data.counts.to(device), metric_device(device)
+    test_y, (groups, _) = data.test_y.to(measure), shot_groups(data.counts.to(measure))
+    mixed_counts = torch.zeros(K, K, dtype=torch.long)  # how often (a, b) was drawn
+    start, best, seconds = 0, 0.0, 0.0
+
+    with first_rank_first():
+        state = run.load_checkpoint(device)
+    if state is not None:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        generator.set_state(state["generator"].cpu())
+        cycles.load_state_dict({key: value.cpu() for key, value in state["cycles"].items()})
+        pairs.load_state_dict(state["pairs"])
+        mixed_counts = state["mixed_counts"].cpu()
+        start, best, seconds = state["epoch"], state["best"], state["seconds"]
+
     def step(weight: Tensor, x: Tensor, a: Tensor, x_b=None, b=None, lam=None) -> Tensor:
         """One batch: images x (B, C, H, W), labels a (B,); what is mixed in, and lam (1,) or (B,) -> loss.
 
@@ -695,26 +715,6 @@ def train(args, name: str, seed: int, data: Dataset, run: Run, device: torch.dev
         loss.backward()
         optimizer.step()
         return loss.detach()
-
-    cycles = ClassCycles(data.train_y, K, generator)
-    pairs = PairSampler(K, generator, args.pairs)
-    batches = Batches(data.train_x, data.mean, data.std, pad=data.pad, flip=data.flip, device=device)
-    test = Batches(data.test_x, data.mean, data.std, device=device)
-    n, measure = data.counts.to(device), metric_device(device)
-    test_y, (groups, _) = data.test_y.to(measure), shot_groups(data.counts.to(measure))
-    mixed_counts = torch.zeros(K, K, dtype=torch.long)  # how often (a, b) was drawn
-    start, best, seconds = 0, 0.0, 0.0
-
-    with first_rank_first():
-        state = run.load_checkpoint(device)
-    if state is not None:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        generator.set_state(state["generator"].cpu())
-        cycles.load_state_dict({key: value.cpu() for key, value in state["cycles"].items()})
-        pairs.load_state_dict(state["pairs"])
-        mixed_counts = state["mixed_counts"].cpu()
-        start, best, seconds = state["epoch"], state["best"], state["seconds"]
 
     training_step = TrainingStep(step, optimizer, device, capture=not args.compile)
 
@@ -751,8 +751,8 @@ def train(args, name: str, seed: int, data: Dataset, run: Run, device: torch.dev
             if method.loss == "ce":
                 losses[i] = training_step(weight[i], next(images_a), a[part])
             else:
-                share = lam[i : i + 1] if args.lam == "batch" else lam[part]  # (1,) or (B,)
-                losses[i] = training_step(weight[i], next(images_a), a[part], next(images_b), b[part], share)
+                mix = lam[i : i + 1] if args.lam == "batch" else lam[part]  # (1,) or (B,)
+                losses[i] = training_step(weight[i], next(images_a), a[part], next(images_b), b[part], mix)
             if i == 0:
                 warm = time.perf_counter()
         agree(model, losses)

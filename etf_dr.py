@@ -699,6 +699,14 @@ def train(args, name: str, seed: int, data: Dataset, run: Run, device: torch.dev
             return cross_entropy_loss(h, W, y, length)
         return dot_regression_loss(h, W, y, args.E_W, args.E_H, length)
 
+    with first_rank_first():
+        state = run.load_checkpoint(device)
+    if state is not None:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        generator.set_state(state["generator"].cpu())
+        start, best, seconds = state["epoch"], state["best"], state["seconds"]
+
     def step(weight: Tensor, everyone: Tensor, x: Tensor, a: Tensor, x_b=None, b=None, lam=None) -> Tensor:
         """One batch: images x (B, C, H, W), labels a (B,); what is mixed in, and lam () -> loss.
 
@@ -718,14 +726,6 @@ def train(args, name: str, seed: int, data: Dataset, run: Run, device: torch.dev
         loss.backward()
         optimizer.step()
         return loss.detach()
-
-    with first_rank_first():
-        state = run.load_checkpoint(device)
-    if state is not None:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        generator.set_state(state["generator"].cpu())
-        start, best, seconds = state["epoch"], state["best"], state["seconds"]
 
     training_step = TrainingStep(step, optimizer, device, capture=not args.compile)
 

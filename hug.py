@@ -645,6 +645,18 @@ def train(args, name: str, seed: int, data: Dataset, run: Run, device: torch.dev
     train_y, test_y = data.train_y.to(device), data.test_y.to(measure)
     start, best, seconds = 0, 0.0, 0.0
 
+    state = run.load_checkpoint(device)
+    if state is not None:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        generator.set_state(state["generator"].cpu())
+        start, best, seconds = state["epoch"], state["best"], state["seconds"]
+    elif method.fixed:
+        uniformity = args.uniformity if method.loss == "dr" else method.loss
+        proxies = torch.Generator().manual_seed(seed)
+        W = spread(K, head.W.shape[1], uniformity, proxies, args.mgd_epsilon)
+        head.W.data.copy_(W)
+
     def step(x: Tensor, y: Tensor) -> Tensor:
         """One batch: images x (B, C, H, W), labels y (B,) -> loss."""
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
@@ -665,18 +677,6 @@ def train(args, name: str, seed: int, data: Dataset, run: Run, device: torch.dev
         if moving:
             head.W.data.copy_(unit(head.W.data))  # back onto the sphere
         return loss.detach()
-
-    state = run.load_checkpoint(device)
-    if state is not None:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        generator.set_state(state["generator"].cpu())
-        start, best, seconds = state["epoch"], state["best"], state["seconds"]
-    elif method.fixed:
-        uniformity = args.uniformity if method.loss == "dr" else method.loss
-        proxies = torch.Generator().manual_seed(seed)
-        W = spread(K, head.W.shape[1], uniformity, proxies, args.mgd_epsilon)
-        head.W.data.copy_(W)
 
     training_step = TrainingStep(step, optimizer, device, capture=not args.compile)
 

@@ -616,6 +616,13 @@ def train(args, name: str, seed: int, data: Dataset, fine: Fine | None, run: Run
     train_y = data.train_y.to(device)
     start, best, zero_error, seconds = 0, 0.0, 0, 0.0  # zero_error: epoch, 0 as long as there was none
 
+    state = run.load_checkpoint(device)
+    if state is not None:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        generator.set_state(state["generator"].cpu())
+        start, best, zero_error, seconds = (state[k] for k in ("epoch", "best", "zero_error", "seconds"))
+
     right = torch.zeros((), device=device)  # images of this epoch that were classified right as they came
 
     def step(x: Tensor, y: Tensor) -> Tensor:
@@ -629,13 +636,6 @@ def train(args, name: str, seed: int, data: Dataset, fine: Fine | None, run: Run
         optimizer.step()
         right.add_((z.detach().argmax(1) == y).sum())
         return loss.detach()
-
-    state = run.load_checkpoint(device)
-    if state is not None:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        generator.set_state(state["generator"].cpu())
-        start, best, zero_error, seconds = (state[k] for k in ("epoch", "best", "zero_error", "seconds"))
 
     training_step = TrainingStep(step, optimizer, device, capture=not args.compile)
 

@@ -905,13 +905,6 @@ def train(args, name: str, seed: int, data: Dataset, run: Run, device: torch.dev
         optimizer = torch.optim.SGD(learnable, args.lr, **rate)
     start, best, seconds = 0, 0.0, 0.0
 
-    def step(*batch: Tensor) -> Tensor:
-        loss = task.loss(*batch)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
-
     state = run.load_checkpoint(device)
     if state is not None:
         model.load_state_dict(state["model"])
@@ -921,6 +914,13 @@ def train(args, name: str, seed: int, data: Dataset, run: Run, device: torch.dev
         if "cuda" in state["random"] and device.type == "cuda":
             torch.cuda.set_rng_state(state["random"]["cuda"].cpu(), device)
         start, best, seconds = state["epoch"], state["best"], state["seconds"]
+
+    def step(*batch: Tensor) -> Tensor:
+        loss = task.loss(*batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
 
     training_step = TrainingStep(step, optimizer, device, capture=not args.compile)
 

@@ -2,10 +2,11 @@
 
     python benchmarks/training.py                 # some minutes on two cores; wants a quiet machine
     python benchmarks/training.py --device cuda
+    python benchmarks/training.py --profile       # what (a) spends its time on
     python benchmarks/training.py --memory        # peak memory of each script; CIFAR in --data-dir
 
 (a) ceiling   forward, backward and step on one batch that is there already, in the precision and memory
-              layout of (b): what no loader and no bookkeeping can beat
+              layout of (b), and on CUDA recorded as a graph as (b) is: no loader and no bookkeeping
 (b) ours      an epoch of the script's own `train`, as metrics.jsonl records it: bmls_msclf.py's ce with
               ResNet-32, hug.py's ce with ResNet-18. Order, crops, flips, normalisation and losses included,
               test and figures not
@@ -18,7 +19,6 @@ to warm up and then the best of three, in turn, so that a machine that slows dow
 
 import argparse
 import itertools
-import os
 import subprocess
 import sys
 import tempfile
@@ -34,7 +34,7 @@ from loader import MEAN, STD, PILImages  # the benchmark beside this one
 
 import bmls_msclf
 import hug
-from common import Dataset, Run, hardware, pick_device, pick_precision, split_evenly, table
+from common import Dataset, Run, TrainingStep, hardware, pick_device, pick_precision, split_evenly, table
 
 ROOT, BATCH = Path(__file__).resolve().parent.parent, 128
 NETWORKS = {  # script and flags
@@ -66,7 +66,7 @@ def step(model, optimizer, x, y, bf16: bool):
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    return loss
+    return loss.detach()
 
 
 def ceiling(script, args, data, device):
@@ -76,10 +76,11 @@ def ceiling(script, args, data, device):
     x = torch.randn(BATCH, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
     y = torch.arange(BATCH, device=device) % 100
     steps = len(split_evenly(len(data.train_y), BATCH))
+    one = TrainingStep(lambda x, y: step(model, optimizer, x, y, args.precision == "bf16"), optimizer, device)
 
     def epoch():
         for _ in range(steps):
-            step(model, optimizer, x, y, args.precision == "bf16")
+            one(x, y)
         return steps * BATCH
 
     return epoch
@@ -143,24 +144,78 @@ def speed(args, device) -> None:
     print("\ntargets: (b) at least 95% of (a), at least 2 times (c) on two cores with AMX, 10 on one H100")
 
 
+KINDS = {  # words in the names of PyTorch's operations
+    "convolution, forward": ["mkldnn_convolution", "cudnn_convolution", "thnn_conv"],
+    "convolution, backward": ["convolution_backward"],
+    "BatchNorm": ["batch_norm"],
+    "ReLU": ["clamp_min", "relu", "threshold"],
+    "matrix products": ["mm", "bmm", "addmm"],
+}
+
+
+def profile(args, device) -> None:
+    """Shares of the time of (a), by kind of operation, step by step from the host: without a graph."""
+    precision, cells = pick_precision("auto", device), {}
+    for name, (script, words) in NETWORKS.items():
+        flags = script.parse([*words, "--batch-size", str(BATCH)])
+        flags.precision = precision
+        epoch = ceiling(script, flags, random_data(2 * BATCH), device)
+        epoch()
+        watched = [torch.profiler.ProfilerActivity.CPU]
+        watched += [torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else []
+        with torch.profiler.profile(activities=watched) as found:
+            epoch()
+        spent = dict.fromkeys([*KINDS, "other"], 0.0)
+        for event in found.key_averages():
+            time = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+            kinds = (kind for kind, words in KINDS.items() if any(word in event.key for word in words))
+            spent[next(kinds, "other")] += time
+        cells[name] = [f"{100 * time / sum(spent.values()):.0f}" for time in spent.values()]
+    print(f"{hardware(device)}; {precision}, channels_last\n")
+    rows = zip([*KINDS, "other"], *cells.values(), strict=True)
+    print(table(["share of a step (%)", *cells], [list(row) for row in rows]))
+
+
+# A script's main in a process of its own; its last line: peak memory of the host, and of the card
+PROGRAM = """
+import resource, sys, torch, {script}
+{script}.main(sys.argv[1:])
+host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+print(host, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
+"""
+
+
 def memory(args) -> None:
-    """Peak resident memory of two steps and a test of each script, at its default and for CIFAR."""
+    """Peak memory of two steps and a test of each script, at its default and for CIFAR."""
     cifar = {
-        "bmls_msclf": ["cifar100lt"], "etf_dr": ["cifar100lt"], "hug": ["cifar10", "--method", "ce"],
-        "nc_metrics": ["cifar10"], "spherization": ["cifar10", "--network", "vgg11"],
-        "fno_continual": ["cifar10"],
-    }  # fmt: skip
+        "bmls_msclf": "cifar100lt --method bmls+ms",
+        "etf_dr": "cifar100lt --method etf+dr",
+        "hug": "cifar10lt --method hug-mhe",
+        "spherization": "cifar10lt --method sphere --task overlap --network vgg11",
+        "fno_continual": "cifar10 --method der++ --per-class 200",
+        "nc_metrics": "cifar10lt --method ce",
+    }
     rows = []
-    for script, words in cifar.items():
+    for script, flags in cifar.items():
         cells = []
-        for extra in ([], ["--dataset", *words, "--data-dir", str(args.data_dir)]):
+        for extra in ([], ["--dataset", *flags.split()]):
             with tempfile.TemporaryDirectory() as folder:
-                command = [sys.executable, str(ROOT / f"{script}.py"), "--dry-run", "--out", folder, *extra]
-                process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-                _, status, usage = os.wait4(process.pid, 0)
-            cells.append(f"{usage.ru_maxrss / 2**20:.2f}" if status == 0 else "failed")  # Linux counts in KiB
-        rows.append([f"{script}.py", *cells, words[0]])
-    print(table(["peak memory (GiB)", "default", "CIFAR", "data set"], rows))
+                always = [
+                    "--dry-run",
+                    "--out",
+                    folder,
+                    "--data-dir",
+                    str(args.data_dir),
+                    "--device",
+                    args.device,
+                ]
+                command = [sys.executable, "-c", PROGRAM.format(script=script), *always, *extra]
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+            host, card = map(int, done.stdout.split()[-2:]) if done.returncode == 0 else (0, 0)
+            cells += [f"{bytes / 2**30:.2f}" if bytes else "-" for bytes in (host, card)]
+        rows.append([f"{script}.py", *cells, flags])
+    header = ["default: host", "card", "CIFAR: host", "card", "data set and flags"]
+    print(table(["peak memory (GiB)", *header], rows))
 
 
 def main() -> None:
@@ -169,12 +224,17 @@ def main() -> None:
     )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     parser.add_argument("--images", type=int, help="of an epoch; 10,847 (CIFAR-100-LT) on CUDA, else 512")
+    parser.add_argument("--profile", action="store_true", help="what a step spends its time on instead")
     parser.add_argument("--memory", action="store_true", help="peak memory of each script instead")
     parser.add_argument("--data-dir", type=Path, default="data")
     args = parser.parse_args()
     if args.images is not None and args.images < 2 * BATCH:
         parser.error(f"--images {args.images}: expected {2 * BATCH} or more, two steps")
-    memory(args) if args.memory else speed(args, pick_device(args.device))
+    args.data_dir = args.data_dir.resolve()
+    if args.memory:
+        memory(args)
+    else:
+        (profile if args.profile else speed)(args, pick_device(args.device))
 
 
 if __name__ == "__main__":
