@@ -1144,13 +1144,13 @@ def program(args: argparse.Namespace) -> dict:
             again = dict(resume=args.resume, overwrite=args.overwrite)
             with first_rank_first():
                 run = Run(folder / name / f"seed{seed}", flags, Path(__file__), **again, device=device)
-            if run.finished:
-                accuracy = 100 * run.finished["accuracy"]
-                print(f"{name} seed {seed}: done before, {accuracy:.2f}%; --overwrite redoes it")
-            else:
+            if not run.finished:
                 train(args, name, seed, data, run, device)
                 if not ranks()[0]:
                     draw_figures(run.folder, [run])
+            elif args.jobs <= 1:  # else it was said when the run ended
+                accuracy = 100 * run.finished["accuracy"]
+                print(f"{name} seed {seed}: done before, {accuracy:.2f}%; --overwrite redoes it")
             runs.append(run)
     # one of several at once: the common table and figures are for the one who started us
     if args.jobs == 0 or ranks()[0]:

@@ -1122,12 +1122,12 @@ def program(args: argparse.Namespace) -> dict:
         flags = job_flags(args, job, seed)
         again = dict(resume=args.resume, overwrite=args.overwrite)
         run = Run(folder / job.name / f"seed{seed}", flags, Path(__file__), **again, device=device)
-        if run.finished:
-            accuracy = 100 * run.finished["class_il"]
-            print(f"{job.name} seed {seed}: done before, {accuracy:.2f}%; --overwrite redoes it")
-        else:
+        if not run.finished:
             train(args, job, flags, data, run, device)
             draw_figures(run.folder, [run])
+        elif args.jobs <= 1:  # else it was said when the run ended
+            accuracy = 100 * run.finished["class_il"]
+            print(f"{job.name} seed {seed}: done before, {accuracy:.2f}%; --overwrite redoes it")
         runs.append(run)
     if args.jobs == 0:  # one of several at once: the common table and figures are for the one who started us
         return {"results": [run.finished for run in runs], "folder": str(folder)}

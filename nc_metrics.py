@@ -1120,11 +1120,11 @@ def program(args: argparse.Namespace) -> dict:
                 flags |= {"method": name, "seed": seed}
                 again = dict(resume=args.resume, overwrite=args.overwrite)
                 run = Run(place / name / f"seed{seed}", flags, Path(__file__), **again, device=device)
-                if run.finished:
+                if not run.finished:
+                    train(args, name, seed, data, fine, run, device)
+                elif args.jobs <= 1:  # else it was said when the run ended
                     accuracy = 100 * run.finished["accuracy"]
                     print(f"{run.folder}: done before, {accuracy:.2f}%; --overwrite redoes it")
-                else:
-                    train(args, name, seed, data, fine, run, device)
                 draw_collapse(run.folder, run, f"{args.dataset}, {name}")
                 if fine:
                     draw_fine(run.folder, run, fine)

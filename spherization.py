@@ -1281,12 +1281,12 @@ def program(args: argparse.Namespace) -> dict:
             flags |= {"method": name, "seed": seed}
             again = dict(resume=args.resume, overwrite=args.overwrite)
             run = Run(folder / name / f"seed{seed}", flags, Path(__file__), **again, device=device)
-            if run.finished:
-                accuracy = 100 * run.finished["accuracy"]
-                print(f"{name} seed {seed}: done before, {accuracy:.2f}%; --overwrite redoes it")
-            else:
+            if not run.finished:
                 train(args, name, seed, data, run, device)
                 draw_figures(run.folder, [run], args)
+            elif args.jobs <= 1:  # else it was said when the run ended
+                accuracy = 100 * run.finished["accuracy"]
+                print(f"{name} seed {seed}: done before, {accuracy:.2f}%; --overwrite redoes it")
             runs.append(run)
     if args.jobs == 0:  # one of several at once: the common table and figures are for the one who started us
         return {"results": [run.finished for run in runs], "folder": str(folder)}

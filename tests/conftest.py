@@ -1,6 +1,7 @@
 """What all tests share: the scripts' folder on the path, one thread, and what a user's mistake looks like."""
 
 import contextlib
+import os
 import signal
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other, and sums stay the same
+os.environ["OMP_NUM_THREADS"] = "1"  # and in what the tests start
 
 # Where the tests run in a shell's background, Ctrl-C is ignored, and what they start would ignore it too
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:

@@ -216,7 +216,8 @@ def test_bad_input_is_one_line_and_no_hang(script, flags, words, tmp_path):
 
 PROGRAM = """
 import bmls_msclf
-bmls_msclf.draw_figures = lambda folder, runs: []
+from test_distributed import Small, simplify
+simplify(bmls_msclf, Small)
 bmls_msclf.main(["--method", "ce", "--seed", "0", "1", "--dry-run", "--out", {out!r}])
 bmls_msclf.main(["--epochs", "0"])
 """
@@ -226,7 +227,11 @@ def test_under_torchrun_itself(tmp_path):
     """Two seeds, one after the other; then a mistake."""
     (tmp_path / "program.py").write_text(PROGRAM.format(out=str(tmp_path)))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+    }
     argv = [*launch, str(tmp_path / "program.py")]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=300, env=environment)
     assert done.stdout.count("349 training images") == 1  # rank 1 prints nothing
