@@ -2,6 +2,7 @@
 
     python benchmarks/training.py                 # some minutes on two cores; wants a quiet machine
     python benchmarks/training.py --device cuda
+    python benchmarks/training.py --variants      # (a) in other layouts and precisions, and compiled
     python benchmarks/training.py --profile       # what (a) spends its time on
     python benchmarks/training.py --memory        # peak memory of each script; CIFAR in --data-dir
 
@@ -69,14 +70,20 @@ def step(model, optimizer, x, y, bf16: bool):
     return loss.detach()
 
 
-def ceiling(script, args, data, device):
+def ceiling(script, args, data, device, layout=torch.channels_last):
     """(a): as many steps as an epoch has, all on one batch."""
-    model = build(script, args, data).to(device, memory_format=torch.channels_last).train()
+    model = build(script, args, data).to(device, memory_format=layout).train()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=2e-4)
-    x = torch.randn(BATCH, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
+    if args.compile:
+        model["network"].compile()
+    x = torch.randn(BATCH, 3, 32, 32, device=device).to(memory_format=layout)
     y = torch.arange(BATCH, device=device) % 100
     steps = len(split_evenly(len(data.train_y), BATCH))
-    one = TrainingStep(lambda x, y: step(model, optimizer, x, y, args.precision == "bf16"), optimizer, device)
+
+    def work(x, y):
+        return step(model, optimizer, x, y, args.precision == "bf16")
+
+    one = TrainingStep(work, optimizer, device, capture=not args.compile)
 
     def epoch():
         for _ in range(steps):
@@ -142,6 +149,29 @@ def speed(args, device) -> None:
             rows.append([f"{name}, ({key}) {what}", f"{best[key]:,.0f}", *shares])
     print(table(["one epoch", "images/s", "% of (a)", "times (c)"], rows))
     print("\ntargets: (b) at least 95% of (a), at least 2 times (c) on two cores with AMX, 10 on one H100")
+
+
+def variants(args, device) -> None:
+    """(a) with one thing changed at a time: why the scripts choose the layout and precision they do."""
+    choices = {  # layout, precision, compiled
+        "channels_last, fp32": (torch.channels_last, "fp32", False),
+        "NCHW, fp32": (torch.contiguous_format, "fp32", False),
+        "channels_last, bf16": (torch.channels_last, "bf16", False),
+        "channels_last, fp32, --compile": (torch.channels_last, "fp32", True),
+    }
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    data, cells = random_data(args.images or (10_847 if device.type == "cuda" else 2 * BATCH)), {}
+    print(f"{hardware(device)}; `auto` chooses {pick_precision('auto', device)}\n")
+    for name, (script, words) in NETWORKS.items():
+        ways = {}
+        for choice, (layout, precision, compiled) in choices.items():
+            flags = script.parse([*words, "--batch-size", str(BATCH)])
+            flags.precision, flags.compile = precision, compiled
+            ways[choice] = ceiling(script, flags, data, device, layout)
+        rates = [[timed(way, wait) for way in ways.values()] for _ in range(4)][1:]  # the first to warm up
+        cells[name] = [f"{max(found):,.0f}" for found in zip(*rates, strict=True)]
+    rows = zip(choices, *cells.values(), strict=True)
+    print(table(["(a), images/s", *cells], [list(row) for row in rows]))
 
 
 KINDS = {  # words in the names of PyTorch's operations
@@ -224,6 +254,7 @@ def main() -> None:
     )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     parser.add_argument("--images", type=int, help="of an epoch; 10,847 (CIFAR-100-LT) on CUDA, else 512")
+    parser.add_argument("--variants", action="store_true", help="layouts and precisions instead")
     parser.add_argument("--profile", action="store_true", help="what a step spends its time on instead")
     parser.add_argument("--memory", action="store_true", help="peak memory of each script instead")
     parser.add_argument("--data-dir", type=Path, default="data")
@@ -234,7 +265,8 @@ def main() -> None:
     if args.memory:
         memory(args)
     else:
-        (profile if args.profile else speed)(args, pick_device(args.device))
+        what = variants if args.variants else profile if args.profile else speed
+        what(args, pick_device(args.device))
 
 
 if __name__ == "__main__":
