@@ -29,8 +29,7 @@ dimensions; `fewshot`, prototypical networks, where angles are all that is used.
 WHAT TO EXPECT. On digits (3 seeds) 98.0 ± 0.3% without the layer and 98.4 ± 0.2 with it; by angle alone
 (nearest class mean) 96.7 ± 0.3 and 98.2 ± 0.2. At the published length (1 seed) LeNet-5 on MNIST has 98.87
 and 99.08, the MLP 98.02 and 98.58, with swings of half a point between tests. Trained for a few epochs
-only, VGG-11 on CIFAR-10 and few-shot on FC100 are in results/spherization.md; there the layer learns more
-slowly.
+only, VGG-11 on CIFAR-10 and few-shot on FC100 are in results/spherization.md; there the layer is behind.
 
 WHAT WE COMPUTE DIFFERENTLY. The published code multiplies log-sines by a triangular (n+1) x (n+1) matrix and
 adds epsilon = 1e-6 inside each logarithm, which lengthens x (by 0.04% at n = 4096). A triangular matrix of
