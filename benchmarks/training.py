@@ -4,7 +4,7 @@
     python benchmarks/training.py --device cuda
     python benchmarks/training.py --variants      # (a) in other layouts and precisions, and compiled
     python benchmarks/training.py --profile       # what (a) spends its time on
-    python benchmarks/training.py --memory        # peak memory of each script; CIFAR in --data-dir
+    python benchmarks/training.py --memory        # peak memory of each script
 
 (a) ceiling   forward, backward and step on one batch that is there already, in the precision and memory
               layout of (b), and on CUDA recorded as a graph as (b) is: no loader and no bookkeeping
@@ -26,6 +26,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
@@ -216,34 +217,35 @@ print(host, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 
 
 
 def memory(args) -> None:
-    """Peak memory of two steps and a test of each script, at its default and for CIFAR."""
+    """Peak memory of two steps and the measurements of each script: its default, and CIFAR's shapes.
+
+    50,000 random images are loaded to train on, and 1,000 to test on.
+    """
     cifar = {
         "bmls_msclf": "cifar100lt --method bmls+ms",
         "etf_dr": "cifar100lt --method etf+dr",
-        "hug": "cifar10lt --method hug-mhe",
-        "spherization": "cifar10lt --method sphere --task overlap --network vgg11",
-        "fno_continual": "cifar10 --method der++ --per-class 200",
-        "nc_metrics": "cifar10lt --method ce",
+        "hug": "cifar10 --method hug-mhe --per-class 200 --attack-images 100",
+        "spherization": "cifar10 --method sphere --task overlap --network vgg11 --train-size 2000",
+        "fno_continual": "cifar10 --method der++ --classifier fno --no-mask --per-class 200",
+        "nc_metrics": "cifar10 --method ce --per-class 200",
     }
-    rows = []
-    for script, flags in cifar.items():
-        cells = []
-        for extra in ([], ["--dataset", *flags.split()]):
-            with tempfile.TemporaryDirectory() as folder:
-                always = [
-                    "--dry-run",
-                    "--out",
-                    folder,
-                    "--data-dir",
-                    str(args.data_dir),
-                    "--device",
-                    args.device,
-                ]
-                command = [sys.executable, "-c", PROGRAM.format(script=script), *always, *extra]
+    rows, rng = [], np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        for K in (10, 100):
+            arrays = {"classes": np.array([str(k) for k in range(K)])}
+            for split, N in (("train", 50_000), ("test", 1_000)):
+                arrays[f"{split}_x"] = rng.integers(256, size=(N, 32, 32, 3), dtype=np.uint8)
+                arrays[f"{split}_y"] = np.arange(N) % K
+            np.savez(Path(folder) / f"cifar{K}.npz", **arrays)
+        for script, flags in cifar.items():
+            cells = []
+            for extra in ([], ["--dataset", *flags.split()]):
+                words = ["--dry-run", "--out", folder, "--data-dir", folder, "--device", args.device, *extra]
+                command = [sys.executable, "-c", PROGRAM.format(script=script), *words]
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-            host, card = map(int, done.stdout.split()[-2:]) if done.returncode == 0 else (0, 0)
-            cells += [f"{bytes / 2**30:.2f}" if bytes else "-" for bytes in (host, card)]
-        rows.append([f"{script}.py", *cells, flags])
+                host, card = map(int, done.stdout.split()[-2:]) if done.returncode == 0 else (0, 0)
+                cells += [f"{size / 2**30:.2f}" if size else "-" for size in (host, card)]
+            rows.append([f"{script}.py", *cells, flags])
     header = ["default: host", "card", "CIFAR: host", "card", "data set and flags"]
     print(table(["peak memory (GiB)", *header], rows))
 
@@ -257,11 +259,9 @@ def main() -> None:
     parser.add_argument("--variants", action="store_true", help="layouts and precisions instead")
     parser.add_argument("--profile", action="store_true", help="what a step spends its time on instead")
     parser.add_argument("--memory", action="store_true", help="peak memory of each script instead")
-    parser.add_argument("--data-dir", type=Path, default="data")
     args = parser.parse_args()
     if args.images is not None and args.images < 2 * BATCH:
         parser.error(f"--images {args.images}: expected {2 * BATCH} or more, two steps")
-    args.data_dir = args.data_dir.resolve()
     if args.memory:
         memory(args)
     else:
