@@ -207,11 +207,12 @@ def profile(args, device) -> None:
     print(table(["share of a step (%)", *cells], [list(row) for row in rows]))
 
 
-# A script's main in a process of its own; its last line: peak memory of the host, and of the card
+# A script's main in a process of its own; its last line: peak memory of the host (on Linux), and of the card
 PROGRAM = """
-import resource, sys, torch, {script}
+import sys, torch, {script}
 {script}.main(sys.argv[1:])
-host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+host = int(status["VmHWM"].split()[0]) * 1024  # getrusage would begin with the peak of who started us
 print(host, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
 """
 
