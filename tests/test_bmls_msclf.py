@@ -476,7 +476,9 @@ def test_fewer_features_than_an_etf_needs(capsys, tmp_path):
     ]
     fail(argv, capsys, "--classifier etf", "99", "64")
     assert not (tmp_path / "o").exists()
-    script.main([str(w) for w in [*argv, "--width", "2", "--method", "ce"]])  # d = 128 will do
+    args = script.parse([str(w) for w in [*argv, "--width", "2"]])
+    model = script.build_model(args, script.METHODS["ce"], script.load_dataset("cifar100", tmp_path))
+    assert model["classifier"].W.shape == (100, 128)  # d = 128 will do
 
 
 def test_no_network(capsys, tmp_path, monkeypatch):
