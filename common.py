@@ -1300,6 +1300,16 @@ def own_share(part: slice) -> slice:
     return slice(part.start + B * rank // count, part.start + B * (rank + 1) // count)
 
 
+def check_shares(N: int, N_test: int, batch_size: int) -> None:
+    """Raises UserError where a rank's share of a batch would be a single image, or of the test set none."""
+    count, least = ranks()[1], min(part.stop - part.start for part in split_evenly(N, batch_size))
+    if count > 1 and (least < 2 * count or N_test < count):  # BatchNorm needs two
+        raise UserError(
+            f"--batch-size {batch_size}: it is that of all {count} processes together, and the smallest "
+            f"batch has {least} images, the test set {N_test}; expected {2 * count} or more"
+        )
+
+
 def whole(rows: Tensor, part: slice) -> Tensor:
     """What each rank has for its share of a batch, a row an image -> those of the whole batch, (B, ...)."""
     if ranks()[1] == 1:

@@ -86,6 +86,7 @@ from common import (
     UserError,
     accuracy_per_class,
     agree,
+    check_shares,
     collapse_metrics,
     cosines,
     first_rank_first,
@@ -1119,12 +1120,7 @@ def program(args: argparse.Namespace) -> dict:
         raise UserError(f"--dataset {args.dataset}: {found}; expected two or more")
     if not n.all():
         raise UserError(f"--dataset {args.dataset}: class {int(n.argmin())} has no training image")
-    count, least = ranks()[1], min(part.stop - part.start for part in split_evenly(N, args.batch_size))
-    if count > 1 and (least < 2 * count or len(data.test_y) < count):  # BatchNorm needs two
-        raise UserError(
-            f"--batch-size {args.batch_size}: it is that of all {count} processes together, and the smallest "
-            f"batch has {least} images, the test set {len(data.test_y)}; expected {2 * count} or more"
-        )
+    check_shares(N, len(data.test_y), args.batch_size)
     folder = args.out / "etf_dr" / args.dataset.replace(":", "-").replace("/", "-")
     print(f"{args.dataset}: {K} classes, {N:,} training images ({n.max()} to {n.min()} a class), ", end="")
     print(f"{len(data.test_y):,} test images\n{hardware(device)}, {args.precision}; into {folder}")
