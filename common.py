@@ -558,7 +558,8 @@ class _Ahead:
 def _interrupt_waits() -> Iterator[None]:
     """Holds Ctrl-C back until the block ends, and for good in the processes that are forked in it.
 
-    For starting and ending workers: halfway through either, torch leaves some or swallows the interrupt.
+    Halfway through starting or ending workers torch leaves some or swallows the interrupt; halfway through
+    taking a batch, the worker that hands it over prints a traceback.
     """
     if threading.current_thread() is not threading.main_thread():  # only the main thread hears of signals
         yield
@@ -641,7 +642,8 @@ class Batches:
             with _interrupt_waits():
                 ahead = iter(loader)
             for left in reversed(range(len(parts))):
-                x = next(ahead)
+                with _interrupt_waits():
+                    x = next(ahead)
                 if isinstance(x, UserError):
                     raise x
                 if left:

@@ -4,6 +4,7 @@ The tests' folder is small, so the limit is lowered below it; all else is as in 
 """
 
 import importlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -303,6 +304,29 @@ def test_ctrl_c_waits_while_workers_start_and_end():
     assert done == [1]
     with pytest.raises(KeyboardInterrupt):  # and at once, from then on
         signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_waits_for_the_batch_that_a_worker_hands_over(folder, monkeypatch):
+    """Let go in the middle of it, the worker would find its connection broken and print a traceback."""
+    crop, asked = common.StreamedCrops.__call__, itertools.count()
+
+    def interrupt_and_crop(crops, views):  # in the worker, while the program waits for it
+        time.sleep(0.2)
+        if next(asked) == 2:
+            os.kill(os.getppid(), signal.SIGINT)
+            time.sleep(0.2)
+        return crop(crops, views)
+
+    monkeypatch.setattr(common.StreamedCrops, "__call__", interrupt_and_crop)
+    monkeypatch.setattr(common, "WORKERS", 1)
+    data = load(folder, streamed=True)
+    batches = Batches(data.train_x, data.mean, data.std)
+    views, seen = batches.views(torch.arange(len(data.train_x))), 0
+    with pytest.raises(KeyboardInterrupt) as interrupt:
+        for _ in batches.sequence(views, split_evenly(len(data.train_x), 3)):
+            seen += 1
+    assert seen == 2 and not any("dataloader" in str(entry.path) for entry in interrupt.traceback)
+    assert no_workers_left()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT to a process group")
