@@ -1632,7 +1632,10 @@ def run_side_by_side(script: Path, args, device: torch.device) -> None:
                 process.wait(2)
             process.send_signal(signal.SIGINT)
         for _, process in running.values():
-            process.wait()
+            while process.poll() is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(10)
+                process.send_signal(signal.SIGINT)  # again, if the first was lost in a library's callback
         raise
     if failed:
         left = f"; {len(waiting)} not started" if waiting else ""

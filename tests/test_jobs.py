@@ -85,6 +85,37 @@ def test_an_interrupt_reaches_every_process(tmp_path):
         torch.load(folder / f"seed{seed}/checkpoint.pt", weights_only=True)
 
 
+def test_an_interrupt_that_gets_lost_is_sent_again(monkeypatch):
+    class Process:
+        returncode, heard = None, 0
+
+        def __init__(self, command, env, stdout):
+            pass
+
+        def poll(self):
+            return self.returncode
+
+        def wait(self, timeout):
+            if self.returncode is None:
+                raise subprocess.TimeoutExpired("x.py", timeout)
+
+        def send_signal(self, number):
+            assert number == signal.SIGINT
+            Process.heard += self.returncode is None
+            if Process.heard == 3:
+                self.returncode = 130
+
+    def interrupt(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(common.subprocess, "Popen", Process)
+    monkeypatch.setattr(common.time, "sleep", interrupt)
+    args = importlib.import_module("bmls_msclf").parse(["--method", "ce", "--jobs", "2"])
+    with pytest.raises(KeyboardInterrupt):
+        common.run_side_by_side(Path("x.py"), args, torch.device("cpu"))
+    assert Process.heard == 3
+
+
 @pytest.mark.parametrize(
     "script, words",
     [
