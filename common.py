@@ -15,6 +15,7 @@ h features (row vectors), W class vectors (K, d), M class means (K, d).
 import contextlib
 import datetime
 import functools
+import importlib.metadata
 import itertools
 import json
 import os
@@ -1425,10 +1426,9 @@ def write_atomically(path: Path, write, shared: bool = False) -> None:
 
 
 def _versions() -> dict[str, str]:
-    import torchvision
-
+    torchvision = importlib.metadata.version("torchvision")  # to import it for this would take seconds
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    return {**versions, "torchvision": torchvision.__version__}
+    return {**versions, "torchvision": torchvision}
 
 
 def _git_commit(folder: Path) -> str:
