@@ -1,6 +1,7 @@
 """What all tests share: the scripts' folder on the path, one thread, and what a user's mistake looks like."""
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import sys
@@ -39,3 +40,46 @@ def user_error():
             assert str(word) in text
 
     return expect
+
+
+@pytest.fixture
+def no_figures(request, monkeypatch):
+    """For tests of anything else: figures take longer than these small runs; the dry runs draw them."""
+    monkeypatch.setattr(request.module.script, "draw_figures", lambda *_: [])
+
+
+@pytest.fixture(scope="session")
+def run_until_killed():
+    """run_until_killed(main, argv, kind, n): main(argv) in a copy of this process that ends as by kill -9.
+
+    kind "step": at the n-th step of an optimiser; "save": when a checkpoint is renamed for the n-th time.
+    """
+
+    def counting(function, counts, n):
+        calls = 0
+
+        def wrapped(*args, **kwargs):
+            nonlocal calls
+            calls += counts(args)
+            if calls == n:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    def die(main, argv, kind, n):
+        if kind == "step":
+            torch.optim.SGD.step = counting(torch.optim.SGD.step, lambda _: 1, n)
+        else:
+            os.replace = counting(os.replace, lambda args: str(args[1]).endswith("checkpoint.pt"), n)
+        main(argv)
+
+    def run(main, argv, kind, n):
+        child = multiprocessing.get_context("fork").Process(target=die, args=(main, argv, kind, n))
+        child.start()
+        child.join(120)
+        exitcode = child.exitcode
+        child.kill()
+        assert exitcode == -signal.SIGKILL
+
+    return run

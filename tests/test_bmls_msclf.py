@@ -4,7 +4,6 @@ import errno
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -290,46 +289,21 @@ SHORT = [
 ]
 FOLDER = Path("bmls_msclf") / "digitslt" / "bmls+ms" / "seed0"
 
-# Kills its own process, as kill -9 does, at the n-th optimiser step or at the n-th renaming of a checkpoint.
-KILLER = """
-import os, signal, sys, torch
-torch.set_num_threads(1)
-sys.path.insert(0, {root!r})
-import common, bmls_msclf
-count = {{"step": 0, "save": 0}}
-def counting(kind, function):
-    def wrapped(*args, **kwargs):
-        if kind == "step" or str(args[1]).endswith("checkpoint.pt"):
-            count[kind] += 1
-            if (kind, count[kind]) == ({kind!r}, {n}):
-                os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **kwargs)
-    return wrapped
-torch.optim.SGD.step = counting("step", torch.optim.SGD.step)
-common.os.replace = counting("save", os.replace)
-bmls_msclf.main({argv!r})
-"""
 
-
-def run_until_killed(kind, n, argv):
-    code = KILLER.format(root=str(ROOT), kind=kind, n=n, argv=argv)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-
-
-def test_killed_and_resumed_is_the_same_to_the_last_bit(tmp_path):
+def test_killed_and_resumed_is_the_same_to_the_last_bit(tmp_path, run_until_killed, no_figures):
     """kill -9 in the first epoch, in the middle of a later one, and while a checkpoint is being renamed."""
     script.main([*SHORT, "--out", str(tmp_path / "whole")])
     broken = [*SHORT, "--out", str(tmp_path / "broken")]
-    run_until_killed("step", 3, broken)  # epoch 1 has 6 steps: nothing but checkpoint 0 is there
-    run_until_killed("step", 9, [*broken, "--resume"])  # in epoch 2
-    run_until_killed("save", 2, [*broken, "--resume"])  # after epoch 3, which is logged but not saved
-    script.main([*broken, "--resume"])
+    again = [*broken, "--resume"]
+    run_until_killed(script.main, broken, "step", 3)  # epoch 1 has 6 steps: nothing but checkpoint 0 is there
+    run_until_killed(script.main, again, "step", 9)  # in epoch 2
+    run_until_killed(script.main, again, "save", 2)  # after epoch 3, which is logged but not saved
+    script.main(again)
     assert_same_bits(files(tmp_path / "whole" / FOLDER), files(tmp_path / "broken" / FOLDER))
     assert not list((tmp_path / "broken").rglob(".*"))  # the half-renamed file is gone too
 
 
-def test_the_seed_is_all_that_differs(tmp_path):
+def test_the_seed_is_all_that_differs(tmp_path, no_figures):
     results = []
     for out, seed in (("a", "0"), ("b", "0"), ("c", "1")):
         torch.manual_seed(int(torch.randint(1000, ())))  # whatever happened before
@@ -383,7 +357,7 @@ def test_every_flag_trains(flags, tmp_path):
     script.main(["--method", "bmls+ms", "--dry-run", "--out", str(tmp_path), *flags])
 
 
-def test_a_finished_run_is_not_redone(tmp_path, capsys):
+def test_a_finished_run_is_not_redone(tmp_path, capsys, no_figures):
     argv = [*SHORT, "--epochs", "1", "--out", str(tmp_path)]
     first = script.main(argv)["results"]
     before = (tmp_path / FOLDER / "result.json").stat().st_mtime_ns
@@ -461,7 +435,7 @@ def test_truncated_data_file(capsys, tmp_path):
     )
 
 
-def test_fewer_features_than_an_etf_needs(capsys, tmp_path):
+def test_fewer_features_than_an_etf_needs(capsys, tmp_path, no_figures):
     write_cifar(tmp_path / "cifar100.npz")
     argv = [
         "--dataset",
@@ -502,7 +476,7 @@ def test_unwritable_out(capsys, tmp_path):
     fail(["--out", tmp_path / "file", "--method", "ce", "--dry-run"], capsys, str(tmp_path / "file"), "--out")
 
 
-def test_full_disk_keeps_the_last_checkpoint(capsys, tmp_path, monkeypatch):
+def test_full_disk_keeps_the_last_checkpoint(capsys, tmp_path, monkeypatch, no_figures):
     argv, save, calls = [*SHORT, "--out", str(tmp_path)], torch.save, []
 
     def full(state, path):
@@ -533,12 +507,12 @@ def test_a_loss_that_is_not_finite(capsys, tmp_path):
     assert state["epoch"] == 0 and all(v.isfinite().all() for v in state["model"].values())
 
 
-def test_other_flags_than_the_run_had(capsys, tmp_path):
+def test_other_flags_than_the_run_had(capsys, tmp_path, no_figures):
     script.main([*SHORT, "--epochs", "1", "--out", str(tmp_path)])
     fail([*SHORT, "--epochs", "1", "--alpha", "0.5", "--out", tmp_path], capsys, "--alpha 1.0", "--overwrite")
 
 
-def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(capsys, tmp_path, monkeypatch):
+def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(capsys, tmp_path, monkeypatch, no_figures):
     step, calls = torch.optim.SGD.step, []
 
     def interrupted(self, *args, **kwargs):
@@ -561,7 +535,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(capsys, tmp_path, monk
     script.main([*argv, "--resume"])
 
 
-def test_the_remedy_helps_the_few_on_digits(tmp_path):
+def test_the_remedy_helps_the_few_on_digits(tmp_path, no_figures):
     """Not a benchmark: over 12 epochs the class-balanced samplers see tail classes that Mixup hardly sees."""
     argv = ["--method", "mixup", "bmls+ms", "--epochs", "12", "--eval-every", "12", "--out", str(tmp_path)]
     mixup, remedy = script.main(argv)["results"]

@@ -4,7 +4,6 @@ import errno
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -255,7 +254,7 @@ def folder(tmp_path):
     return tmp_path / "animals"
 
 
-def test_a_folder_through_resnet50(folder, tmp_path, figureless, capsys):
+def test_a_folder_through_resnet50(folder, tmp_path, no_figures, capsys):
     argv = [
         "--dataset",
         f"folder:{folder}",
@@ -280,12 +279,6 @@ def test_a_folder_through_resnet50(folder, tmp_path, figureless, capsys):
 # %% The program
 
 
-@pytest.fixture
-def figureless(monkeypatch):
-    """Figures take longer than these runs; the dry run as a user starts it draws them."""
-    monkeypatch.setattr(script, "draw_figures", lambda folder, runs: [])
-
-
 def files(folder):
     """Everything that a run computes, for comparison to the last bit; times are left out."""
     result = json.loads((folder / "result.json").read_text())
@@ -308,45 +301,20 @@ def assert_same_bits(one, two):
 SHORT = "--method etf+dr+mixup --epochs 3 --batch-size 64 --precision fp32 --device cpu".split()
 FOLDER = Path("etf_dr") / "digitslt" / "etf+dr+mixup" / "seed0"
 
-# Kills its own process, as kill -9 does, at the n-th optimiser step or at the n-th renaming of a checkpoint.
-KILLER = """
-import os, signal, sys, torch
-torch.set_num_threads(1)
-sys.path.insert(0, {root!r})
-import common, etf_dr
-count = {{"step": 0, "save": 0}}
-def counting(kind, function):
-    def wrapped(*args, **kwargs):
-        if kind == "step" or str(args[1]).endswith("checkpoint.pt"):
-            count[kind] += 1
-            if (kind, count[kind]) == ({kind!r}, {n}):
-                os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **kwargs)
-    return wrapped
-torch.optim.SGD.step = counting("step", torch.optim.SGD.step)
-common.os.replace = counting("save", os.replace)
-etf_dr.main({argv!r})
-"""
 
-
-def run_until_killed(kind, n, argv):
-    code = KILLER.format(root=str(ROOT), kind=kind, n=n, argv=argv)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=300)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-
-
-def test_killed_and_resumed_is_the_same_to_the_last_bit(tmp_path, figureless):
+def test_killed_and_resumed_is_the_same_to_the_last_bit(tmp_path, no_figures, run_until_killed):
     """kill -9 in the middle of the first epoch, and while a later checkpoint is being renamed."""
     script.main([*SHORT, "--out", str(tmp_path / "whole")])
     broken = [*SHORT, "--out", str(tmp_path / "broken")]
-    run_until_killed("step", 3, broken)  # epoch 1 has 6 steps: nothing but checkpoint 0 is there
-    run_until_killed("save", 2, [*broken, "--resume"])  # after epoch 2, which is logged but not saved
-    script.main([*broken, "--resume"])
+    again = [*broken, "--resume"]
+    run_until_killed(script.main, broken, "step", 3)  # epoch 1 has 6 steps: nothing but checkpoint 0 is there
+    run_until_killed(script.main, again, "save", 2)  # after epoch 2, which is logged but not saved
+    script.main(again)
     assert_same_bits(files(tmp_path / "whole" / FOLDER), files(tmp_path / "broken" / FOLDER))
     assert not list((tmp_path / "broken").rglob(".*"))  # the half-renamed file is gone too
 
 
-def test_the_seed_is_all_that_differs(tmp_path, figureless):
+def test_the_seed_is_all_that_differs(tmp_path, no_figures):
     results = []
     for out, seed in (("a", "0"), ("b", "0"), ("c", "1")):
         torch.manual_seed(int(torch.randint(1000, ())))  # whatever happened before
@@ -356,7 +324,7 @@ def test_the_seed_is_all_that_differs(tmp_path, figureless):
     assert not np.array_equal(results[0][2]["W"], results[2][2]["W"])
 
 
-def test_what_is_learnt_and_what_is_fixed(tmp_path, figureless):
+def test_what_is_learnt_and_what_is_fixed(tmp_path, no_figures):
     """The learnable baseline's class vectors move (the released code's do not); the fixed ones stay."""
     for name in ("ce", "etf+ce"):
         script.main([*SHORT, "--method", name, "--epochs", "1", "--out", str(tmp_path)])
@@ -367,7 +335,7 @@ def test_what_is_learnt_and_what_is_fixed(tmp_path, figureless):
         assert np.allclose(start.detach(), arrays["W"], atol=1e-6) == (name == "etf+ce")
 
 
-def test_each_flag_changes_what_it_should(tmp_path, figureless):
+def test_each_flag_changes_what_it_should(tmp_path, no_figures):
     """--class-length is dr's, --reweight is ce's, --normalise is the learnable ce's."""
 
     def weights(name, *flags):
@@ -382,7 +350,7 @@ def test_each_flag_changes_what_it_should(tmp_path, figureless):
     assert np.array_equal(ce, weights("ce", "--class-length", "off"))
 
 
-def test_watched_values_of_a_run(tmp_path, figureless):
+def test_watched_values_of_a_run(tmp_path, no_figures):
     """What metrics.jsonl says of the last epoch is what features.npz gives: all of digitslt is watched."""
     script.main([*SHORT, "--method", "ce", "--epochs", "2", "--out", str(tmp_path)])
     _, history, a, _ = files(tmp_path / "etf_dr" / "digitslt" / "ce" / "seed0")
@@ -433,11 +401,11 @@ def test_dry_run_as_a_user_starts_it(tmp_path):
     ["--profile", "step", "--eval-every", "3"], ["--dataset", "digits"],
     ["--E-W", "256", "--E-H", "2", "--project", "20", "--weight-decay", "0"],
 ])  # fmt: skip
-def test_every_flag_trains(flags, tmp_path, figureless):
+def test_every_flag_trains(flags, tmp_path, no_figures):
     script.main(["--method", "ce+mixup", "etf+ce", "--dry-run", "--out", str(tmp_path), *flags])
 
 
-def test_a_finished_run_is_not_redone(tmp_path, capsys, figureless):
+def test_a_finished_run_is_not_redone(tmp_path, capsys, no_figures):
     argv = [*SHORT, "--epochs", "1", "--out", str(tmp_path)]
     first = script.main(argv)["results"]
     before = (tmp_path / FOLDER / "result.json").stat().st_mtime_ns
@@ -516,7 +484,7 @@ def test_one_class_is_none_to_tell_apart(folder, capsys):
     fail(["--dataset", f"folder:{folder}", "--image-size", "8"], capsys, "--dataset folder:", "one class")
 
 
-def test_fewer_features_than_an_etf_needs(capsys, tmp_path, figureless):
+def test_fewer_features_than_an_etf_needs(capsys, tmp_path, no_figures):
     write_cifar(tmp_path / "cifar100.npz")
     argv = [
         "--dataset",
@@ -540,7 +508,7 @@ def test_unwritable_out(capsys, tmp_path):
     fail(["--out", tmp_path / "file", "--method", "ce", "--dry-run"], capsys, str(tmp_path / "file"), "--out")
 
 
-def test_full_disk_keeps_the_last_checkpoint(capsys, tmp_path, monkeypatch, figureless):
+def test_full_disk_keeps_the_last_checkpoint(capsys, tmp_path, monkeypatch, no_figures):
     argv, save, calls = [*SHORT, "--out", str(tmp_path)], torch.save, []
 
     def full(state, path):
@@ -566,13 +534,13 @@ def test_a_loss_that_is_not_finite(capsys, tmp_path):
     assert state["epoch"] == 0 and all(v.isfinite().all() for v in state["model"].values())
 
 
-def test_other_flags_than_the_run_had(capsys, tmp_path, figureless):
+def test_other_flags_than_the_run_had(capsys, tmp_path, no_figures):
     argv = [*SHORT, "--epochs", "1", "--out", str(tmp_path)]
     script.main(argv)
     fail([*argv, "--class-length", "off"], capsys, "--class-length on", "--overwrite")
 
 
-def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(capsys, tmp_path, monkeypatch, figureless):
+def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(capsys, tmp_path, monkeypatch, no_figures):
     step, calls = torch.optim.SGD.step, []
 
     def interrupted(self, *args, **kwargs):
@@ -595,7 +563,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(capsys, tmp_path, monk
     script.main([*argv, "--resume"])
 
 
-def test_a_fixed_classifier_helps_the_few_on_digits(tmp_path, figureless):
+def test_a_fixed_classifier_helps_the_few_on_digits(tmp_path, no_figures):
     """Not a benchmark: in 6 epochs the fixed, normalised head sees to the tail, plain CE does not."""
     argv = ["--method", "ce", "etf+dr", "--epochs", "6", "--eval-every", "6", "--out", str(tmp_path)]
     ce, remedy = script.main(argv)["results"]

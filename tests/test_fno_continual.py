@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -431,35 +430,8 @@ def assert_same_bits(one, two):
     assert all(torch.equal(one[3][key], two[3][key]) for key in one[3])
 
 
-@pytest.fixture
-def no_figures(monkeypatch):
-    """For tests of anything else: figures take longer than these small runs."""
-    monkeypatch.setattr(script, "draw_figures", lambda folder, runs: [])
-
-
 SHORT = ["--tasks", "3", "--epochs", "2", "--per-class", "30", "--precision", "fp32", "--device", "cpu"]
 OUT = Path("fno_continual") / "digits"
-
-# Kills its own process, as kill -9 does, at the n-th optimiser step or at the n-th renaming of a checkpoint.
-KILLER = """
-import os, signal, sys, torch
-torch.set_num_threads(1)
-sys.path.insert(0, {root!r})
-import common, fno_continual
-count = {{"step": 0, "save": 0}}
-def counting(kind, function):
-    def wrapped(*args, **kwargs):
-        if kind == "step" or str(args[1]).endswith("checkpoint.pt"):
-            count[kind] += 1
-            if (kind, count[kind]) == ({kind!r}, {n}):
-                os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **kwargs)
-    return wrapped
-torch.optim.SGD.step = counting("step", torch.optim.SGD.step)
-common.os.replace = counting("save", os.replace)
-fno_continual.draw_figures = lambda folder, runs: []
-fno_continual.main({argv!r})
-"""
 
 
 def interrupt_at_step(n, monkeypatch):
@@ -475,20 +447,15 @@ def interrupt_at_step(n, monkeypatch):
     monkeypatch.setattr(torch.optim.SGD, "step", interrupted)
 
 
-def run_until_killed(kind, n, argv):
-    code = KILLER.format(root=str(ROOT), kind=kind, n=n, argv=argv)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-
-
-def test_killed_in_mid_task_and_resumed_is_the_same_to_the_last_bit(no_figures, tmp_path):
+def test_killed_in_mid_task_and_resumed_is_the_same_to_the_last_bit(no_figures, tmp_path, run_until_killed):
     """Six epochs of 9 to 12 steps, two a task: kill -9 in mid-task, and while a checkpoint is renamed."""
     job = ["--method", "der++", "--classifier", "fno", "--mask", "--augment", *SHORT]
     script.main([*job, "--out", str(tmp_path / "whole")])
     broken = [*job, "--out", str(tmp_path / "broken")]
-    run_until_killed("step", 38, broken)  # in the second epoch of the second task
-    run_until_killed("save", 1, [*broken, "--resume"])  # after an epoch that is logged but not saved
-    script.main([*broken, "--resume"])
+    again = [*broken, "--resume"]
+    run_until_killed(script.main, broken, "step", 38)  # in the second epoch of the second task
+    run_until_killed(script.main, again, "save", 1)  # after an epoch that is logged but not saved
+    script.main(again)
     folder = OUT / "der++50-fno-mask" / "seed0"
     assert_same_bits(files(tmp_path / "whole" / folder), files(tmp_path / "broken" / folder))
     assert not list((tmp_path / "broken").rglob(".*"))

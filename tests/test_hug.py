@@ -2,9 +2,7 @@
 
 import errno
 import json
-import multiprocessing
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -160,12 +158,6 @@ def test_the_temperature_is_the_best_of_a_grid():
 # %% The program
 
 
-@pytest.fixture
-def no_figures(monkeypatch):
-    """Half a second each, and not what the test is about."""
-    monkeypatch.setattr(script, "draw_figures", lambda folder, runs: [])
-
-
 def files(folder):
     """Everything that a run computes, for comparison to the last bit; times are left out."""
     result = json.loads((folder / "result.json").read_text())
@@ -191,43 +183,18 @@ SHORT = ["--method", "hug-mhe", "--epochs", "4", *QUICK]  # 200 images, 4 steps 
 FOLDER = Path("hug") / "digits" / "hug-mhe" / "seed0"
 
 
-def die(kind, n, argv):
-    """Kills its own process, as kill -9 does, at the n-th optimiser step or renaming of a checkpoint."""
-    count = {"step": 0, "save": 0}
-
-    def counting(name, function):
-        def wrapped(*args, **kwargs):
-            if name == "step" or str(args[1]).endswith("checkpoint.pt"):
-                count[name] += 1
-                if (name, count[name]) == (kind, n):
-                    os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args, **kwargs)
-
-        return wrapped
-
-    torch.optim.SGD.step = counting("step", torch.optim.SGD.step)
-    os.replace = counting("save", os.replace)
-    script.main(argv)
-
-
-def run_until_killed(kind, n, argv):
-    child = multiprocessing.get_context("fork").Process(target=die, args=(kind, n, argv))
-    child.start()
-    child.join(120)
-    assert child.exitcode == -signal.SIGKILL
-
-
 @pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize("method", ["hug-mhe", "hug-fixed"])
-def test_killed_and_resumed_is_the_same_to_the_last_bit(method, tmp_path):
+def test_killed_and_resumed_is_the_same_to_the_last_bit(method, tmp_path, run_until_killed):
     """kill -9 in the first epoch, in the middle of a later one, and while a checkpoint is being renamed."""
     argv = [*SHORT, "--method", method, "--out"]
     script.main([*argv, str(tmp_path / "whole")])
     broken = [*argv, str(tmp_path / "broken")]
-    run_until_killed("step", 3, broken)  # in epoch 1: nothing but checkpoint 0 is there
-    run_until_killed("step", 7, [*broken, "--resume"])  # in epoch 2
-    run_until_killed("save", 2, [*broken, "--resume"])  # after epoch 3, which is logged but not saved
-    script.main([*broken, "--resume"])
+    again = [*broken, "--resume"]
+    run_until_killed(script.main, broken, "step", 3)  # in epoch 1: nothing but checkpoint 0 is there
+    run_until_killed(script.main, again, "step", 7)  # in epoch 2
+    run_until_killed(script.main, again, "save", 2)  # after epoch 3, which is logged but not saved
+    script.main(again)
     folder = FOLDER.parent.with_name(method) / "seed0"
     assert_same_bits(files(tmp_path / "whole" / folder), files(tmp_path / "broken" / folder))
     assert not list((tmp_path / "broken").rglob(".*"))  # the half-renamed file is gone too

@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -327,32 +326,13 @@ SHORT = ["--per-class", "12", "--batch-size", "32", "--epochs", "3", "--precisio
 FOLDER = Path("nc_metrics") / "digits" / "ce" / "seed0"
 COARSE = Path("nc_metrics") / "digits-pairs" / "ce" / "seed0"
 
-# Kills its own process, as kill -9 does, when a checkpoint is about to be renamed for the third time.
-KILLER = """
-import os, signal, sys, torch
-torch.set_num_threads(1)
-sys.path.insert(0, {root!r})
-import common, nc_metrics
-replace, count = os.replace, 0
-def counting(part, path):
-    global count
-    count += str(path).endswith("checkpoint.pt")
-    if count == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(part, path)
-common.os.replace = counting
-nc_metrics.main({argv!r})
-"""
 
-
-def test_killed_and_resumed_is_the_same_to_the_last_bit(tmp_path, no_figures, monkeypatch):
+def test_killed_and_resumed_is_the_same_to_the_last_bit(tmp_path, no_figures, monkeypatch, run_until_killed):
     """kill -9 while a checkpoint is renamed; then an interruption in the middle of recovering labels."""
     coarse = [*SHORT, "--coarse", "pairs", "--cluster", "l2", "--augment"]
     script.main([*coarse, "--out", str(tmp_path / "whole")])
     broken = [*coarse, "--out", str(tmp_path / "broken")]
-    code = KILLER.format(root=str(ROOT), argv=broken)  # epoch 2 is logged by then, but not saved
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=300)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    run_until_killed(script.main, broken, "save", 3)  # epoch 2 is logged by then, but not saved
     recover, calls = script.recover_labels, []
 
     def interrupted(*args):

@@ -5,7 +5,6 @@ import functools
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -498,34 +497,12 @@ SHORT = [
 ]
 FOLDER = Path("spherization") / "retain" / "digits-mlp" / "sphere" / "seed0"
 
-# Kills its own process, as kill -9 does, at the n-th renaming of a checkpoint.
-KILLER = """
-import os, signal, sys, torch
-torch.set_num_threads(1)
-sys.path.insert(0, {root!r})
-import common, spherization
-saves, replace = [], os.replace
-def killing(part, path):
-    saves.extend([path] * str(path).endswith("checkpoint.pt"))
-    if len(saves) == {n}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return replace(part, path)
-common.os.replace = killing
-spherization.main({argv!r})
-"""
 
-
-def run_until_killed(n, argv):
-    code = KILLER.format(root=str(ROOT), n=n, argv=argv)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-
-
-def test_killed_and_resumed_is_the_same_to_the_last_bit(tmp_path):
+def test_killed_and_resumed_is_the_same_to_the_last_bit(tmp_path, run_until_killed, no_figures):
     """kill -9 after an epoch that is logged but not saved, while its checkpoint is being renamed."""
     script.main([*SHORT, "--out", str(tmp_path / "whole")])
     broken = [*SHORT, "--out", str(tmp_path / "broken")]
-    run_until_killed(3, broken)  # checkpoint 0, that of epoch 1, and now that of epoch 2
+    run_until_killed(script.main, broken, "save", 3)  # checkpoint 0, that of epoch 1, and now that of epoch 2
     script.main([*broken, "--resume"])
     assert_same_bits(files(tmp_path / "whole" / FOLDER), files(tmp_path / "broken" / FOLDER))
     assert not list((tmp_path / "broken").rglob(".*"))  # the half-renamed file is gone too
@@ -559,7 +536,7 @@ FEWSHOT = [
 
 
 @pytest.mark.parametrize("kind", ["fewshot", "dropout"])
-def test_interrupted_in_mid_epoch_and_resumed(kind, tmp_path, monkeypatch, capsys):
+def test_interrupted_in_mid_epoch_and_resumed(kind, tmp_path, monkeypatch, capsys, no_figures):
     """Episodes come from our generator, dropout from torch's own: both go on where they were."""
     if kind == "dropout":
         build = script.build_trunk
@@ -591,7 +568,7 @@ def test_interrupted_in_mid_epoch_and_resumed(kind, tmp_path, monkeypatch, capsy
     assert_same_bits(files(tmp_path / "whole" / folder), files(tmp_path / "broken" / folder))
 
 
-def test_the_seed_is_all_that_differs(tmp_path):
+def test_the_seed_is_all_that_differs(tmp_path, no_figures):
     results = []
     for out, seed in (("a", "0"), ("b", "0"), ("c", "1")):
         torch.manual_seed(int(torch.randint(1000, ())))  # whatever happened before
@@ -648,7 +625,7 @@ def test_every_task_and_flag_trains(flags, figures, tmp_path, capsys):
         assert all(sorted(r["near_counts"]) == r["near_counts"] for r in done["results"])
 
 
-def test_a_finished_run_is_not_redone(tmp_path, capsys):
+def test_a_finished_run_is_not_redone(tmp_path, capsys, no_figures):
     argv = [*SHORT, "--epochs", "1", "--out", str(tmp_path)]
     first = script.main(argv)["results"]
     before = (tmp_path / FOLDER / "result.json").stat().st_mtime_ns
@@ -725,7 +702,7 @@ def test_unwritable_out(capsys, tmp_path):
     )
 
 
-def test_full_disk_keeps_the_last_checkpoint(capsys, tmp_path, monkeypatch):
+def test_full_disk_keeps_the_last_checkpoint(capsys, tmp_path, monkeypatch, no_figures):
     argv, save, calls = [*SHORT, "--out", str(tmp_path)], torch.save, []
 
     def full(state, path):
@@ -751,12 +728,12 @@ def test_a_loss_that_is_not_finite(capsys, tmp_path):
     assert state["epoch"] == 0 and all(v.isfinite().all() for v in state["model"].values())
 
 
-def test_other_flags_than_the_run_had(capsys, tmp_path):
+def test_other_flags_than_the_run_had(capsys, tmp_path, no_figures):
     script.main([*SHORT, "--epochs", "1", "--out", str(tmp_path)])
     fail([*SHORT, "--epochs", "1", "--radius", "2", "--out", tmp_path], capsys, "--radius 5.0", "--overwrite")
 
 
-def test_the_layer_learns_digits(tmp_path):
+def test_the_layer_learns_digits(tmp_path, no_figures):
     """Not a benchmark: six epochs of both, and only the baseline's features have different lengths."""
     argv = ["--method", "plain", "sphere", "--epochs", "6", "--eval-every", "6", "--out", str(tmp_path)]
     plain, sphere = script.main(argv)["results"]
