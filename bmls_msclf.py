@@ -515,9 +515,7 @@ def synthetic(folder) -> bool:
     cv = cells.var(1).mean() ** 0.5 / cells.mean()
     check("class: std/mean over ordered labels = sqrt((K^2-1)/T)", ((K**2 - 1) / T) ** 0.5, cv, 1e-3)
     sampler, n, worst = PairSampler(K, gen), np.zeros((K, K), dtype=int), 0
-    for _ in range(
-        200
-    ):  # epochs; 12,406 is no multiple of the 55 pairs, so each begins in the middle of a sweep
+    for _ in range(200):  # epochs; T is no multiple of the 55 pairs, so each begins in the middle of a sweep
         low, high = sampler.draw(T).sort(1).values.T.numpy()
         np.add.at(n, (low, high), 1)
         worst = max(worst, np.ptp(n[np.triu_indices(K)]))

@@ -150,9 +150,8 @@ def _channel_statistics(images: "Tensor | FolderImages") -> tuple[Tensor, Tensor
     for share in counts.double() / counts[0].sum():
         mean.append((share * values).sum())
         std.append((share * (values - mean[-1]) ** 2).sum().sqrt())
-    return torch.stack(mean).float(), torch.stack(std).float().clamp_min(
-        1e-3
-    )  # a constant channel stays finite
+    std = torch.stack(std).clamp_min(1e-3)  # a constant channel stays finite
+    return torch.stack(mean).float(), std.float()
 
 
 def _read_named(name: str, data_dir: Path) -> dict[str, np.ndarray]:
@@ -169,9 +168,8 @@ def _read_named(name: str, data_dir: Path) -> dict[str, np.ndarray]:
         with np.load(cache, allow_pickle=False) as file:  # never unpickles: an object array raises ValueError
             arrays = {key: np.asarray(file[key]) for key in (*_ARRAYS, "classes")}
     except Exception as error:  # zip, zlib and the header's parser raise many kinds; all mean a damaged file
-        reason = (
-            str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
-        )  # not its tip to unpickle
+        reason = str(error).partition("\n")[0].partition(". ")[0]  # not NumPy's tip to unpickle
+        reason = reason or type(error).__name__
         raise UserError(
             f"{cache}: not a readable data file ({reason}); delete it to load {name} anew"
         ) from None
@@ -1543,9 +1541,7 @@ class Run:
         try:
             state = torch.load(path, map_location=device, weights_only=True)  # tensors and numbers, no code
             epoch = state["epoch"]
-        except (
-            Exception
-        ) as error:  # torch raises many kinds for a damaged file; all mean the same to the user
+        except Exception as error:  # torch raises many kinds for a damaged file; to the user they are one
             raise UserError(
                 f"{path}: not a readable checkpoint ({type(error).__name__}); --overwrite the run"
             ) from None

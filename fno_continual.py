@@ -913,9 +913,7 @@ def draw_forgetting(save, found: dict[Job, list[Run]]) -> None:
         bottom.set(xlabel="tasks learned", ylim=(-3, 103))
     for plot, which in zip(grid[:, 0], ("all tasks so far", "the first task"), strict=True):
         plot.set_ylabel(f"class-IL accuracy (%)\n{which}")
-    lines = {
-        line.get_label(): line for line in grid[0, 0].get_lines()
-    }  # the variants are the same everywhere
+    lines = {line.get_label(): line for line in grid[0, 0].get_lines()}  # in each panel the same variants
     figure.legend(lines.values(), lines, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     save("forgetting.png", figure)
 

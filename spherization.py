@@ -931,9 +931,8 @@ def train(args, name: str, seed: int, data: Dataset, run: Run, device: torch.dev
     if state is None:
         checkpoint(0)  # so that Ctrl-C in the first epoch leaves something to resume
     ahead, title = range(start, args.epochs), f"{name} seed {seed}"
-    bar = tqdm(
-        ahead, initial=start, total=args.epochs, desc=title, disable=None
-    )  # None: silent without terminal
+    # disable=None: silent without terminal
+    bar = tqdm(ahead, initial=start, total=args.epochs, desc=title, disable=None)
     for epoch in bar:
         began = time.perf_counter()
         steps = task.draw(generator)
