@@ -275,18 +275,8 @@ def assert_same_bits(one, two):
     assert all(torch.equal(one[3][key], two[3][key]) for key in one[3])
 
 
-SHORT = [
-    "--method",
-    "bmls+ms",
-    "--epochs",
-    "4",
-    "--batch-size",
-    "64",
-    "--precision",
-    "fp32",
-    "--device",
-    "cpu",
-]
+SHORT = ["--method", "bmls+ms", "--epochs", "4", "--batch-size", "64", "--precision", "fp32"]
+SHORT += ["--device", "cpu"]
 FOLDER = Path("bmls_msclf") / "digitslt" / "bmls+ms" / "seed0"
 
 
@@ -314,32 +304,17 @@ def test_the_seed_is_all_that_differs(tmp_path, no_figures):
 
 
 def test_dry_run_of_everything_as_a_user_starts_it(tmp_path):
-    argv = [
-        sys.executable,
-        str(ROOT / "bmls_msclf.py"),
-        "--dry-run",
-        "--method",
-        "all",
-        "--out",
-        str(tmp_path),
-    ]
+    argv = [sys.executable, ROOT / "bmls_msclf.py", "--dry-run", "--method", "all", "--out", tmp_path]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr
     assert "463,856 parameters" in done.stdout and "349 training images" in done.stdout
     assert done.stderr == ""  # no progress bar where there is no terminal
     folder = tmp_path / "dry-run" / "bmls_msclf" / "digitslt"
+    wanted = {"config.json", "metrics.jsonl", "result.json", "checkpoint.pt", "features.npz", "source.py"}
     for name in script.METHODS:
         assert f"\n{name} " in done.stdout
-        made = {path.name for path in (folder / name / "seed0").iterdir()}
-        assert made >= {
-            "config.json",
-            "metrics.jsonl",
-            "result.json",
-            "checkpoint.pt",
-            "features.npz",
-            "source.py",
-        }
+        assert {path.name for path in (folder / name / "seed0").iterdir()} >= wanted
     for name in ("accuracy_by_class", "training", "class_vectors", "mixed_labels"):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     config = json.loads((folder / "ce" / "seed0" / "config.json").read_text())
@@ -427,27 +402,14 @@ def test_bad_data_files(changes, words, capsys, tmp_path):
 def test_truncated_data_file(capsys, tmp_path):
     write_cifar(tmp_path / "cifar100.npz")
     (tmp_path / "cifar100.npz").write_bytes((tmp_path / "cifar100.npz").read_bytes()[:9000])
-    fail(
-        ["--dataset", "cifar100", "--data-dir", tmp_path, "--out", tmp_path],
-        capsys,
-        "cifar100.npz",
-        "delete it",
-    )
+    argv = ["--dataset", "cifar100", "--data-dir", tmp_path, "--out", tmp_path]
+    fail(argv, capsys, "cifar100.npz", "delete it")
 
 
 def test_fewer_features_than_an_etf_needs(capsys, tmp_path, no_figures):
     write_cifar(tmp_path / "cifar100.npz")
-    argv = [
-        "--dataset",
-        "cifar100",
-        "--data-dir",
-        tmp_path,
-        "--out",
-        tmp_path / "o",
-        "--classifier",
-        "etf",
-        "--dry-run",
-    ]
+    argv = ["--dataset", "cifar100", "--data-dir", tmp_path, "--out", tmp_path / "o"]
+    argv += ["--classifier", "etf", "--dry-run"]
     fail(argv, capsys, "--classifier etf", "99", "64")
     assert not (tmp_path / "o").exists()
     args = script.parse([str(w) for w in [*argv, "--width", "2"]])
@@ -462,13 +424,8 @@ def test_no_network(capsys, tmp_path, monkeypatch):
         raise URLError("no route to host")
 
     monkeypatch.setattr("urllib.request.urlopen", refuse)
-    fail(
-        ["--dataset", "cifar10lt", "--data-dir", tmp_path],
-        capsys,
-        "--dataset cifar10",
-        "cifar10.npz",
-        "network",
-    )
+    argv = ["--dataset", "cifar10lt", "--data-dir", tmp_path]
+    fail(argv, capsys, "--dataset cifar10", "cifar10.npz", "network")
 
 
 def test_unwritable_out(capsys, tmp_path):
@@ -495,14 +452,8 @@ def test_full_disk_keeps_the_last_checkpoint(capsys, tmp_path, monkeypatch, no_f
 
 
 def test_a_loss_that_is_not_finite(capsys, tmp_path):
-    fail(
-        [*SHORT, "--lr", "1e30", "--out", tmp_path],
-        capsys,
-        "not finite",
-        "epoch 1, step",
-        "checkpoint.pt",
-        "--lr",
-    )
+    argv = [*SHORT, "--lr", "1e30", "--out", tmp_path]
+    fail(argv, capsys, "not finite", "epoch 1, step", "checkpoint.pt", "--lr")
     state = torch.load(tmp_path / FOLDER / "checkpoint.pt", weights_only=True)
     assert state["epoch"] == 0 and all(v.isfinite().all() for v in state["model"].values())
 

@@ -255,16 +255,8 @@ def folder(tmp_path):
 
 
 def test_a_folder_through_resnet50(folder, tmp_path, no_figures, capsys):
-    argv = [
-        "--dataset",
-        f"folder:{folder}",
-        "--image-size",
-        "40",
-        "--batch-size",
-        "4",
-        "--method",
-        "etf+dr+mixup",
-    ]
+    argv = ["--dataset", f"folder:{folder}", "--image-size", "40", "--batch-size", "4"]
+    argv += ["--method", "etf+dr+mixup"]
     (result,) = script.main([*argv, "--dry-run", "--out", str(tmp_path / "out")])["results"]
     assert result["counts"] == [6, 3, 2] and 0 <= result["accuracy"] <= 1
     printed = capsys.readouterr().out
@@ -486,17 +478,8 @@ def test_one_class_is_none_to_tell_apart(folder, capsys):
 
 def test_fewer_features_than_an_etf_needs(capsys, tmp_path, no_figures):
     write_cifar(tmp_path / "cifar100.npz")
-    argv = [
-        "--dataset",
-        "cifar100",
-        "--data-dir",
-        tmp_path,
-        "--out",
-        tmp_path / "o",
-        "--dry-run",
-        "--width",
-        "1",
-    ]
+    argv = ["--dataset", "cifar100", "--data-dir", tmp_path, "--out", tmp_path / "o", "--dry-run"]
+    argv += ["--width", "1"]
     argv = [str(word) for word in argv]
     fail(argv, capsys, "100 classes", "99", "64", "--width", "--project 100")
     assert not (tmp_path / "o").exists()

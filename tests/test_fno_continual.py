@@ -627,16 +627,8 @@ def write_folder(path, counts, size=8):
 
 def test_a_folder_of_images(no_figures, tmp_path, capsys):
     write_folder(tmp_path / "images", [3, 4, 2, 3, 5])
-    argv = [
-        "--dataset",
-        f"folder:{tmp_path / 'images'}",
-        "--image-size",
-        "8",
-        "--net",
-        "cnn",
-        "--out",
-        tmp_path / "o",
-    ]
+    argv = ["--dataset", f"folder:{tmp_path / 'images'}", "--image-size", "8", "--net", "cnn"]
+    argv += ["--out", tmp_path / "o"]
     argv = [str(word) for word in argv]
     extra = ["--tasks", "2", "--epochs", "1", "--method", "der++", "--classifier", "fno", "--mask"]
     assert np.array(script.main([*argv, *extra])["results"][0]["matrix_class_il"]).shape == (2, 2)
@@ -645,16 +637,8 @@ def test_a_folder_of_images(no_figures, tmp_path, capsys):
 
 def test_a_task_with_too_few_images(tmp_path, capsys):
     write_folder(tmp_path / "images", [1, 4, 4])
-    argv = [
-        "--dataset",
-        f"folder:{tmp_path / 'images'}",
-        "--image-size",
-        "8",
-        "--net",
-        "cnn",
-        "--out",
-        tmp_path / "o",
-    ]
+    argv = ["--dataset", f"folder:{tmp_path / 'images'}", "--image-size", "8", "--net", "cnn"]
+    argv += ["--out", tmp_path / "o"]
     fail([*argv, "--tasks", "3", "--no-mask"], capsys, "--tasks 3", "task 1 has 1 training images")
     fail([*argv, "--balanced"], capsys, "--balanced", "class0")
     assert not (tmp_path / "o").exists()
@@ -679,18 +663,8 @@ def test_more_classes_than_feature_dimensions(no_figures, capsys, tmp_path):
 
 
 def test_a_loss_that_is_not_finite(capsys, tmp_path):
-    argv = [
-        "--method",
-        "er",
-        "--classifier",
-        "learnable",
-        "--no-mask",
-        *SHORT,
-        "--lr",
-        "1e30",
-        "--out",
-        tmp_path,
-    ]
+    argv = ["--method", "er", "--classifier", "learnable", "--no-mask", *SHORT, "--lr", "1e30"]
+    argv += ["--out", tmp_path]
     fail(argv, capsys, "not finite", "epoch 1, step", "checkpoint.pt", "--lr")
     state = torch.load(tmp_path / OUT / "er50-learnable" / "seed0" / "checkpoint.pt", weights_only=True)
     assert state["epoch"] == 0 and all(v.isfinite().all() for v in state["model"].values())

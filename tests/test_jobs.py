@@ -54,21 +54,8 @@ def test_what_fails_is_said_and_no_other_is_started(tmp_path):
 
 
 def test_an_interrupt_reaches_every_process(tmp_path):
-    argv = [
-        "--method",
-        "ce",
-        "--seed",
-        "0",
-        "1",
-        "2",
-        "--epochs",
-        "900",
-        "--jobs",
-        "2",
-        "--out",
-        str(tmp_path),
-    ]
-    command = [sys.executable, str(ROOT / "bmls_msclf.py"), *argv]
+    argv = ["--method", "ce", "--seed", "0", "1", "2", "--epochs", "900", "--jobs", "2", "--out", tmp_path]
+    command = [sys.executable, ROOT / "bmls_msclf.py", *argv]
     options = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
     folder = tmp_path / "bmls_msclf/digitslt/ce"

@@ -483,18 +483,8 @@ def assert_same_bits(one, two):
     assert all(torch.equal(one[3][key], two[3][key]) for key in one[3])
 
 
-SHORT = [
-    "--method",
-    "sphere",
-    "--epochs",
-    "4",
-    "--batch-size",
-    "300",
-    "--precision",
-    "fp32",
-    "--device",
-    "cpu",
-]
+SHORT = ["--method", "sphere", "--epochs", "4", "--batch-size", "300", "--precision", "fp32"]
+SHORT += ["--device", "cpu"]
 FOLDER = Path("spherization") / "retain" / "digits-mlp" / "sphere" / "seed0"
 
 
@@ -521,18 +511,8 @@ def interrupt(monkeypatch, at):
     monkeypatch.setattr(torch.optim.Adam, "step", interrupted)
 
 
-FEWSHOT = [
-    "--task",
-    "fewshot",
-    "--method",
-    "cosine+sphere",
-    "--epochs",
-    "3",
-    "--episodes",
-    "4",
-    "--queries",
-    "5",
-]
+FEWSHOT = ["--task", "fewshot", "--method", "cosine+sphere", "--epochs", "3", "--episodes", "4"]
+FEWSHOT += ["--queries", "5"]
 
 
 @pytest.mark.parametrize("kind", ["fewshot", "dropout"])
