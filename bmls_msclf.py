@@ -871,7 +871,7 @@ def draw_figures(folder: Path, runs: list[Run]) -> list[str]:
     def heat_maps(name: str, maps: dict[str, np.ndarray], label: str, vmin: float, vmax: float) -> None:
         columns = min(4, len(maps))
         rows = -(-len(maps) // columns)
-        figure = Figure(figsize=(2.8 * columns + 1.2, 2.8 * rows + 0.3), layout="constrained")
+        figure = Figure(figsize=(2.8 * columns + 1.2, 2.8 * rows + 0.5), layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False)
         for plot, (method, values) in itertools.zip_longest(grid.flat, maps.items(), fillvalue=(None, None)):
             if method is None:
@@ -910,7 +910,7 @@ def draw_figures(folder: Path, runs: list[Run]) -> list[str]:
         share = drawn / drawn[np.triu_indices(len(n))].mean()
         maps[name] = np.log10(np.maximum(share, 1e-3))
     if maps:
-        heat_maps("mixed_labels.png", maps, "log10 (times drawn / mean over mixed labels)", -3, 2)
+        heat_maps("mixed_labels.png", maps, "log10 (times drawn / their mean)", -3, 2)
     return saved
 
 
