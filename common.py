@@ -1,23 +1,26 @@
-"""What every chapter shares: data, metrics, the run folder. Nothing here knows a model, a loss or a method.
+"""What every chapter shares: data, metrics, the bookkeeping of a run. It knows no model, loss or method.
 
-    from common import Batches, Run, load_dataset, ...
+    from common import Batches, load_dataset, open_run, ...
 
-Four parts, each under its own banner:
-    Data      load_dataset -> Dataset (uint8); long tails; sampling orders; Batches, the loader
-    Metrics   accuracy by class and by class size, calibration, neural collapse in one pass, clustering
-    Step      a training step as a CUDA graph; several processes, one for each GPU
-    Record    the run folder: config, metrics by epoch, checkpoint, result, features
+Five parts, each under its own banner; a reader who never opens them loses nothing of a chapter:
+    Data      load_dataset -> Dataset (uint8); long tails, subsets, tasks, coarse labels; Batches, the loader
+    Metrics   accuracy per class, calibration, neural collapse, continual learning, clustering
+    Theory    Claims, the table of a theory check; minimise and locate, which measure what theory predicts
+    Run       flags, the run folder, `epochs` (checkpoint, log, progress), several GPUs
+    Figures   curves, heat maps, tables; command_line, which turns errors into exit codes
 
 Symbols, here and in every script: K classes, d feature dimension, N samples, B batch, n_k images of class k,
 h features (row vectors), W class vectors (K, d), M class means (K, d).
 """
 
+import argparse
 import contextlib
 import datetime
 import functools
 import importlib.metadata
 import itertools
 import json
+import math
 import os
 import platform
 import re
@@ -27,7 +30,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -37,8 +39,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, get_worker_info
+from tqdm import tqdm
 
 
 class UserError(Exception):
@@ -84,6 +86,7 @@ class Dataset(NamedTuple):
     std: Tensor
     pad: int
     flip: bool
+    fingerprint: str = ""
 
     @property
     def counts(self) -> Tensor:
@@ -97,8 +100,8 @@ def load_dataset(
     *,
     imbalance: float = 100.0,
     profile: str = "exp",
-    subset_seed: int = 0,
     image_size: int = 32,
+    test_share: float = 0.0,
 ) -> Dataset:
     """Load a data set by name; with the suffix `lt` its training split is made long-tailed.
 
@@ -125,10 +128,19 @@ def load_dataset(
     )
     mean, std = _channel_statistics(train_x)
     if long_tailed:
-        keep = long_tail_subset(train_y, len(arrays["classes"]), imbalance, profile, subset_seed)
+        keep = long_tail_subset(train_y, len(arrays["classes"]), imbalance, profile, 0)
         train_x, train_y = train_x[keep], train_y[keep]
     classes = tuple(str(c) for c in arrays["classes"])
     return Dataset(train_x, train_y, test_x, test_y, classes, mean, std, pad, flip)
+
+
+def split_name(name):
+    base, _, path = name.partition(":")
+    return base.removesuffix("lt"), base.endswith("lt"), path
+
+
+def cut_for_dry_run(data, batch_size):
+    return data
 
 
 _ARRAYS = ("train_x", "train_y", "test_x", "test_y")
@@ -612,6 +624,12 @@ class Batches:
             top, left = torch.randint(2 * self.pad + 1, (2, T), generator=generator)
             mirror = torch.rand(T, generator=generator) < (0.5 if self.flip else 0.0)
         return Views(*(field.to(self.device) for field in (index, top, left, mirror)))
+
+    def epoch(self, index: Tensor, batch_size: int, generator: torch.Generator | None = None):
+        columns = [index] if index.ndim == 1 else list(index.unbind(1))
+        views = [self.views(column, generator) for column in columns]
+        parts = split_evenly(len(index), batch_size)
+        return ((part, *(self.load(view[part]) for view in views)) for part in parts)
 
     def load(self, views: Views) -> Tensor:
         """The views' pixels, normalised: (B, C, H, W) float32, channels_last."""
@@ -1156,208 +1174,277 @@ def clustering_agreement(cluster, y) -> dict[str, float]:
     }
 
 
-# %% ------------------------------------------------------------------------------------------------- Step
+# %% ----------------------------------------------------------------------------------------------- Theory
 
 
-class TrainingStep:
-    """A training step; on CUDA all of its kernels are launched at once, as a CUDA graph.
+class Claims:
+    """The table of a theory check: claim, theory, measured, error, tolerance, ok; one line per claim."""
 
-    step(*tensors) -> loss does forward, backward and optimizer.step(), and asks the device nothing. Where a
-    network's kernels take less time than the host needs to launch them, the card would wait for the host.
-    Each shape of batch (an epoch has two) runs eagerly three times, in which cuDNN picks its algorithms and
-    the optimizer makes its buffers; then it is recorded, and from then on replayed on copies of its
-    arguments. All else that it reads is read at the same address each time: parameters, buffers, and the
-    learning rate, which therefore becomes a tensor that `set_learning_rate` fills.
+    def __init__(self):
+        self.passed: list[bool] = []
+        print(f"{'claim':<66}{'theory':>9}{'measured':>10}{'error':>9}{'tolerance':>10}  ok")
 
-    With capture=False or on another device it is `step` itself; so is one that CUDA cannot record, and says
-    it. To be made after the optimizer's state was loaded, which would put other tensors in place of these.
-    """
+    def equal(self, claim: str, theory: float, measured: float, tolerance: float) -> None:
+        """Holds where |measured - theory| <= tolerance."""
+        self._line(claim, theory, measured, abs(measured - theory), tolerance)
 
-    WARM_UP = 3
+    def at_most(self, claim: str, bound: float, measured: float, tolerance: float = 0.0) -> None:
+        """Holds where measured <= bound + tolerance."""
+        self._line(claim + ", at most", bound, measured, max(measured - bound, 0.0), tolerance)
 
-    def __init__(self, step, optimizer: torch.optim.Optimizer, device: torch.device, capture: bool = True):
-        cuda = device.type == "cuda"
-        self.step, self.optimizer = step, optimizer
-        self.capture = capture and cuda and ranks()[1] == 1  # between ranks the step waits for messages
-        self.seen: Counter[tuple] = Counter()
-        self.graphs: dict[tuple, tuple] = {}
-        if self.capture:  # one memory pool: no two replays run at once, and none leaves anything behind
-            self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
-        for group in optimizer.param_groups:
-            lr = float(group["lr"])
-            group["lr"] = torch.tensor(lr, device=device) if cuda else lr
-            group["fused"] = cuda or None  # None: PyTorch chooses
-            if "capturable" in group:  # Adam
-                group["capturable"] = cuda
+    def at_least(self, claim: str, bound: float, measured: float, tolerance: float = 0.0) -> None:
+        """Holds where measured >= bound - tolerance."""
+        self._line(claim + ", at least", bound, measured, max(bound - measured, 0.0), tolerance)
 
-    def set_learning_rate(self, lr: float) -> None:
-        for group in self.optimizer.param_groups:
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(lr)
-            else:
-                group["lr"] = lr
+    def _line(self, claim: str, theory: float, measured: float, error: float, tolerance: float) -> None:
+        ok = bool(error <= tolerance)  # nan is no success
+        self.passed.append(ok)
+        numbers = f"{theory:>9.4f}{measured:>10.4f}{error:>9.1e}{tolerance:>10.1e}"
+        print(f"{claim:<66}{numbers}  {'yes' if ok else 'NO'}")
 
-    def __call__(self, *tensors: Tensor) -> Tensor:
-        """The loss, (); read or copy it before the next call, which may overwrite it."""
-        if not self.capture:
-            return self.step(*tensors)
-        shapes = tuple(t.shape for t in tensors)
-        if shapes not in self.graphs:
-            self.seen[shapes] += 1
-            if self.seen[shapes] <= self.WARM_UP:
-                return self._aside(tensors)
-            if not self._record(shapes, tensors):
-                return self.step(*tensors)
-        graph, recorded, loss = self.graphs[shapes]
-        for target, source in zip(recorded, tensors, strict=True):
-            target.copy_(source)
-        graph.replay()
-        return loss
+    def report(self, figure: Path) -> dict:
+        """Print the summary; {"ok": whether all claims hold, ...}, what a script's main returns."""
+        print(f"{sum(self.passed)} of {len(self.passed)} claims hold; figure: {figure}")
+        return {"ok": all(self.passed), "claims": len(self.passed), "folder": str(figure.parent)}
 
-    def _aside(self, tensors: tuple[Tensor, ...]) -> Tensor:
-        """Eagerly, on a stream that is not the default one: what was made there, capture can go on with."""
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            loss = self.step(*tensors)
-        torch.cuda.current_stream().wait_stream(self.stream)
-        return loss
 
-    def _record(self, shapes: tuple, tensors: tuple[Tensor, ...]) -> bool:
-        """Record the step, which does not run it. False where it cannot be recorded."""
-        recorded, graph = [t.clone() for t in tensors], torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, pool=self.pool):
-                loss = self.step(*recorded)
-        except RuntimeError as error:
-            self.capture = False
-            reason = str(error).partition("\n")[0]
-            print(f"no CUDA graph, steps are launched kernel by kernel ({reason})", file=sys.stderr)
-            return False
-        self.graphs[shapes] = graph, recorded, loss
-        return True
+def minimise(loss, *start: Tensor, steps: int = 200) -> list[Tensor]:
+    """Where loss(*tensors) is least, by full-batch L-BFGS with a strong Wolfe line search from `start`."""
+    x = [s.clone().requires_grad_() for s in start]
+    # stop on the gradient alone: near a threshold the loss is flat long before the solution is right
+    limits = {"max_iter": steps, "history_size": 20, "tolerance_grad": 1e-9, "tolerance_change": 0}
+    optimizer = torch.optim.LBFGS(x, line_search_fn="strong_wolfe", **limits)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = loss(*x)
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    return [v.detach() for v in x]
+
+
+def locate(holds, inside: float, outside: float) -> float:
+    """The edge of the region in which holds(x) is true, between inside and outside, by bisection of log x."""
+    for _ in range(4):
+        middle = math.sqrt(inside * outside)
+        if holds(middle):
+            inside = middle
+        else:
+            outside = middle
+    return math.sqrt(inside * outside)
+
+
+# %% -------------------------------------------------------------------------------------------------- Run
+# Several GPUs: torchrun starts one process (a rank) per GPU. Every rank draws the whole epoch from the same
+# generator and trains on its own slice of each batch. Rank 0 alone tests, prints and writes.
 
 
 def ranks() -> tuple[int, int]:
     """Under torchrun, which of how many processes this is: (rank, number). (0, 1) without it."""
-    rank, count = (int(os.environ.get(name, -1)) for name in ("RANK", "WORLD_SIZE"))
-    return (rank, count) if rank >= 0 and count > 1 else (0, 1)
-
-
-# torchrun starts a process (a rank) for each GPU of a machine. Every rank draws the whole epoch from the same
-# generator, so that order, cycles and counts are those of one process, and trains on its share of each batch.
-# All that follows does nothing for one process.
-
-
-@contextlib.contextmanager
-def quiet_but_first() -> Iterator[None]:
-    """Only rank 0 prints. A rank that fails leaves the word to rank 0, after whose end torchrun ends it."""
-    if ranks()[0]:
-        sys.stdout = open(os.devnull, "w")
-        # after Ctrl-C go on for a second, so that rank 0 is not stuck in waiting for us
-        signal.signal(signal.SIGINT, lambda *_: threading.Timer(1, os._exit, [130]).start())
-    try:
-        yield
-    except Exception:
-        time.sleep(5 if ranks()[0] else 0)  # whoever wakes up has failed alone, and may speak
-        raise
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    rank = int(os.environ.get("RANK", 0))
+    number = int(os.environ.get("WORLD_SIZE", 1))
+    return (rank, number) if number > 1 else (0, 1)
 
 
 def join_ranks(device: torch.device) -> torch.device:
-    """Meet the other ranks; returns this rank's own device. Raises UserError where there are too few."""
-    rank, count = ranks()
-    if count == 1:
+    """This rank's own device, after meeting the other ranks. Raises UserError for fewer GPUs than ranks."""
+    rank, number = ranks()
+    if number == 1:
         return device
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", count))
-    there_are = {"cuda": torch.cuda.device_count(), "mps": 1}.get(device.type, here)
-    if here > there_are:
-        raise UserError(f"--device {device.type}: {there_are} for {here} processes; lower --nproc-per-node")
     if device.type == "cuda":
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", number))
+        gpus = torch.cuda.device_count()
+        if here > gpus:
+            raise UserError(f"torchrun: {here} processes for {gpus} GPUs; lower --nproc-per-node")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
         torch.cuda.set_device(device)
-    # a day: the others wait while rank 0 reads data, writes and draws
-    wait = datetime.timedelta(days=1)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=wait)
+    if not dist.is_initialized():
+        wait = datetime.timedelta(days=1)  # the others wait while rank 0 reads data, tests and draws
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=wait)
     return device
 
 
 @contextlib.contextmanager
 def first_rank_first() -> Iterator[None]:
-    """The block on rank 0, then on the others, which find what it downloaded or wrote; all leave together."""
-    rank, count = ranks()
-    if count > 1 and rank:
+    """Runs the block on rank 0, then on the others, which find what it downloaded or wrote."""
+    rank, number = ranks()
+    if rank:
         dist.barrier()
     yield
-    if count > 1:
-        if not rank:
-            dist.barrier()
+    if number > 1 and not rank:
         dist.barrier()
 
 
-def own_share(part: slice) -> slice:
-    """This rank's part of a batch: as many images as any other's, or one more or less."""
-    (rank, count), B = ranks(), part.stop - part.start
-    return slice(part.start + B * rank // count, part.start + B * (rank + 1) // count)
+def data_parallel(part: torch.nn.Module) -> torch.nn.Module:
+    """The part with its gradients averaged over the ranks, exactly: every rank has an equal share of a batch.
+
+    On CUDA BatchNorm's statistics are those of the whole batch; on a CPU, where PyTorch has no such layer,
+    those of the rank's share.
+    """
+    learns = any(p.requires_grad for p in part.parameters())
+    if ranks()[1] == 1 or not learns:
+        return part
+    if next(part.parameters()).is_cuda:
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(part)  # in place, under the same names
+    return torch.nn.parallel.DistributedDataParallel(part)
 
 
-def check_shares(N: int, N_test: int, batch_size: int) -> None:
-    """Raises UserError where a rank's share of a batch would be a single image, or of the test set none."""
-    count, least = ranks()[1], min(part.stop - part.start for part in split_evenly(N, batch_size))
-    if count > 1 and (least < 2 * count or N_test < count):  # BatchNorm needs two
-        raise UserError(
-            f"--batch-size {batch_size}: it is that of all {count} processes together, and the smallest "
-            f"batch has {least} images, the test set {N_test}; expected {2 * count} or more"
+# Flags. A script's own come first in --help; argparse types do the checking.
+
+
+def positive(text: str) -> float:
+    """argparse type: a finite number above 0."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: expected a number above 0")
+    return value
+
+
+def fraction(text: str) -> float:
+    """argparse type: a number from 0 to 1, 1 not included."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a number from 0 to 1")
+    return value
+
+
+def at_least(least: int, most: int = 2**63 - 1):
+    """argparse type: a whole number, `least` or more."""
+
+    def whole_number(text: str) -> int:
+        value = int(text)
+        if not least <= value <= most:
+            limit = f"{least} or more" if value < least else f"{most} or less"
+            raise argparse.ArgumentTypeError(f"{text}: expected {limit}")
+        return value
+
+    whole_number.__name__ = "whole number"  # argparse: invalid whole number value: '1.5'
+    return whole_number
+
+
+def a_path(text: str) -> Path:
+    """argparse type: a path, with ~ for the home folder."""
+    return Path(text).expanduser()
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str:
+        """Help with the default as it would be typed; none for switches."""
+        if action.default in (None, False, argparse.SUPPRESS):
+            return action.help
+        words = action.default if isinstance(action.default, list) else [action.default]
+        return f"{action.help} (default: {' '.join(map(str, words))})"
+
+
+class Arguments(argparse.ArgumentParser):
+    """The flags of a script: `add` the chapter's own, then `parse`; the shared ones are there already.
+
+    script: its name without .py. methods: {name: what it is, in a clause}. recipes: the defaults that depend
+    on the data set, {data set: {flag: value}}, "" for every other one: {"": {"epochs": 200}, "digits": ...}.
+    """
+
+    def __init__(
+        self, script: str, about: str, methods: dict[str, str], default: list[str], recipes: dict, **defaults
+    ):
+        width = max(map(len, methods))
+        listed = "\n".join(f"  {name:<{width}}  {what}" for name, what in methods.items())
+        super().__init__(
+            f"{script}.py",
+            description=about,
+            epilog=f"methods:\n{listed}\n  {'all':<{width}}  all of them",
+            formatter_class=_Help,
+            allow_abbrev=False,
         )
+        self.script = script
+        self.methods = list(methods)
+        self.recipes = recipes
+        self.add = self.add_argument_group("of this chapter").add_argument
+        self._add_training(default)
+        self._add_data()
+        self._add_run()
+        self.set_defaults(**defaults)
+
+    def _by_data_set(self, flag: str, help: str) -> str:
+        """Help with the recipes' values: `(default: 200; digits 30)`."""
+        usual = self.recipes[""].get(flag)
+        if usual is None:
+            return help
+        special = [f"{name} {found[flag]}" for name, found in self.recipes.items() if name and flag in found]
+        return f"{help} (default: {usual}{'; ' if special else ''}{', '.join(special)})"
+
+    def _add_training(self, default: list[str]) -> None:
+        add = self.add_argument_group("training").add_argument
+        names = [*self.methods, "all"]
+        add("--method", nargs="+", default=default, choices=names, metavar="M", help="one or more, see below")
+        add("--epochs", type=at_least(1), help=self._by_data_set("epochs", "passes over the training images"))
+        add("--batch-size", type=at_least(2), help=self._by_data_set("batch_size", "images per step"))
+        add("--lr", type=positive, help=self._by_data_set("lr", "peak learning rate"))
+        add("--weight-decay", type=fraction, help=self._by_data_set("weight_decay", "on all parameters"))
+        seed = at_least(0, 2**32 - 1)
+        add("--seed", type=seed, nargs="+", default=[0], help="one or more; of weights, order and crops")
+        add("--eval-every", type=at_least(1), default=1, help="epochs from test to test; the last is tested")
+
+    def _add_data(self) -> None:
+        add = self.add_argument_group("data").add_argument
+        names = f"{', '.join(SPECS)}, folder:PATH; with lt long-tailed: cifar10lt"
+        add("--dataset", default="digits", help=names)
+        add("--data-dir", type=a_path, default=Path("data"), help="where NAME.npz is kept and downloads go")
+        add("--imbalance", type=positive, default=100.0, help="lt: largest class over smallest")
+        add("--profile", choices=["exp", "step"], default="exp", help="lt: shape of the long tail")
+        add("--image-size", type=at_least(1), default=32, help="folder: pixels")
+        add("--test-share", type=fraction, default=0.0, help="folder without train/, test/: to test on")
+
+    def _add_run(self) -> None:
+        add = self.add_argument_group("run").add_argument
+        where = f"run folders go to OUT/{self.script}/DATASET/METHOD/seedS"
+        add("--out", type=a_path, default=Path("runs"), help=where)
+        add("--overwrite", action="store_true", help="train anew what is there, instead of going on with it")
+        add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where it runs")
+        precisions = ["auto", "fp32", "bf16"]
+        add("--precision", choices=precisions, default="auto", help="inside the network; auto: bf16 if fast")
+        add("--compile", action="store_true", help="torch.compile the network; records CUDA graphs")
+        add("--dry-run", action="store_true", help="two steps of everything, into OUT/dry-run")
+        add("--synthetic", action="store_true", help="check the theory; trains no network")
+
+    def error(self, message: str):
+        raise UserError(message)  # one line instead of the usage text; command_line makes it exit code 2
+
+    def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
+        """The flags, defaults by data set filled in, with `folder`: OUT/SCRIPT/DATASET. Raises UserError."""
+        args = self.parse_args(argv)
+        base, _, _ = split_name(args.dataset)
+        for flag, value in (self.recipes[""] | self.recipes.get(base, {})).items():
+            if getattr(args, flag) is None:
+                setattr(args, flag, value)
+        args.method = self.methods if "all" in args.method else list(dict.fromkeys(args.method))
+        args.seed = list(dict.fromkeys(args.seed))
+        if args.dry_run:
+            args.epochs = 1
+            args.overwrite = True
+            args.out = args.out / "dry-run"
+        args.script = self.script
+        args.folder = args.out / self.script / re.sub(r"[^\w.,+-]+", "-", args.dataset)
+        return args
 
 
-def whole(rows: Tensor, part: slice) -> Tensor:
-    """What each rank has for its share of a batch, a row an image -> those of the whole batch, (B, ...)."""
-    if ranks()[1] == 1:
-        return rows
-    own, result = own_share(part), rows.new_zeros(part.stop - part.start, *rows.shape[1:])
-    result[own.start - part.start : own.stop - part.start] = rows
-    dist.all_reduce(result)
-    return result
-
-
-def in_parallel(model: torch.nn.ModuleDict) -> list[torch.nn.Module]:
-    """The model's parts as training calls them: their gradients are means over the ranks.
-
-    All ranks begin with rank 0's tensors. On CUDA BatchNorm's statistics are those of the whole batch, on
-    a CPU, where PyTorch has no such layer, of the rank's share.
-    """
-    if ranks()[1] == 1:
-        return list(model.values())
-    if next(model.parameters()).is_cuda:
-        torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place, under the same names
-    for tensor in model.state_dict().values():
-        dist.broadcast(tensor, 0)
-    return [
-        DistributedDataParallel(part) if any(p.requires_grad for p in part.parameters()) else part
-        for part in model.values()
-    ]
-
-
-def share_of_mean(parts: list[slice]) -> Tensor:
-    """Weights (steps,) of this rank's losses: ranks * n / B for its n of a batch's B images, else 1.
-
-    The mean over the ranks of weight * loss is then the mean over the batch, and so are the gradients.
-    """
-    B = torch.tensor([[p.stop - p.start for p in found] for found in (map(own_share, parts), parts)])
-    return ranks()[1] * B[0] / B[1]
-
-
-def agree(model: torch.nn.Module, losses: Tensor) -> None:
-    """At the end of an epoch: losses become their means over the ranks, BatchNorm's statistics rank 0's."""
-    if ranks()[1] > 1:
-        dist.all_reduce(losses)
-        losses /= ranks()[1]
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
-
-
-# %% ----------------------------------------------------------------------------------------------- Record
+def prepare_data(args: argparse.Namespace) -> Dataset:
+    """The data that --dataset names; prints what and where, settles args.device and args.precision."""
+    args.device = join_ranks(pick_device(args.device))
+    args.precision = pick_precision(args.precision, args.device)
+    tail = {"imbalance": args.imbalance, "profile": args.profile}
+    with first_rank_first():  # which may have to download
+        data = load_dataset(
+            args.dataset, args.data_dir, **tail, image_size=args.image_size, test_share=args.test_share
+        )
+    if args.dry_run:
+        data = cut_for_dry_run(data, args.batch_size)
+    n = data.counts
+    sizes = f"{len(data.train_y):,} training images ({n.max()} to {n.min()} per class)"
+    print(f"{args.dataset}: {len(n)} classes, {sizes}, {len(data.test_y):,} test images")
+    print(f"{hardware(args.device)}, {args.precision}; into {args.folder}")
+    return data
 
 
 def pick_device(name: str) -> torch.device:
@@ -1368,9 +1455,7 @@ def pick_device(name: str) -> torch.device:
     if not available[name]:
         raise UserError(f"--device {name}: not available here; use --device auto")
     if name == "cuda":
-        # Batches come in few shapes, so cuDNN may try its algorithms for each. Its convolutions, inside the
-        # network, use TF32 by default; matrix products do not, since geometry and losses are float32.
-        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark = True  # batches come in few shapes: let cuDNN try its algorithms
     return torch.device(name)
 
 
@@ -1378,12 +1463,13 @@ def pick_precision(name: str, device: torch.device) -> str:
     """`auto` is bf16 where hardware multiplies it fast (CUDA; CPUs with AMX or AVX512-BF16), else fp32."""
     if name != "auto":
         return name
-    if device.type == "cpu":
-        with contextlib.suppress(OSError):
-            flags = Path("/proc/cpuinfo").read_text().split()
-            return "bf16" if {"amx_bf16", "avx512_bf16"} & set(flags) else "fp32"
-        return "fp32"
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    with contextlib.suppress(OSError):
+        words = set(Path("/proc/cpuinfo").read_text().split())
+        if device.type == "cpu" and words & {"amx_bf16", "avx512_bf16"}:
+            return "bf16"
+    return "fp32"
 
 
 def hardware(device: torch.device) -> str:
@@ -1398,17 +1484,37 @@ def hardware(device: torch.device) -> str:
     return f"{times}{model}, {torch.get_num_threads()} threads"
 
 
+def _versions() -> dict[str, str]:
+    torchvision = importlib.metadata.version("torchvision")  # to import it for this would take seconds
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    return {**versions, "torchvision": torchvision}
+
+
+def _git_commit(folder: Path) -> str:
+    """The commit of the code that runs, with + where files differ from it; `unknown` outside a checkout."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(folder), *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    try:
+        changed = "+" if git("status", "--porcelain", "-uno") else ""
+        return git("rev-parse", "HEAD") + changed
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
 def write_atomically(path: Path, write, shared: bool = False) -> None:
     """write(part) fills a temporary file beside path, which is then renamed: path is whole or not there.
 
-    The temporary file has the same name each time, so that the next write takes up what a kill left behind;
+    The temporary file has the same name each time, so that the next write removes what a kill left behind;
     shared: a name of this process's own, for a path that another process may be writing at the same moment.
-    Raises UserError where the folder cannot be written or the disk is full; the temporary file is removed.
-    Under torchrun only rank 0 writes.
+    Raises UserError where it cannot be written (a full disk). Under torchrun only rank 0 writes.
     """
     if ranks()[0]:
         return
-    part = path.with_name(f".{path.name}.{f'{os.getpid()}.' if shared else ''}part{path.suffix}")
+    own = f"{os.getpid()}." if shared else ""
+    part = path.with_name(f".{path.name}.{own}part{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(part)
@@ -1423,220 +1529,320 @@ def write_atomically(path: Path, write, shared: bool = False) -> None:
             part.unlink(missing_ok=True)
 
 
-def _versions() -> dict[str, str]:
-    torchvision = importlib.metadata.version("torchvision")  # to import it for this would take seconds
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    return {**versions, "torchvision": torchvision}
+def _exchange(content, old, new):
+    """JSON content with `new` in place of each value for which old(value): nan is written as null."""
+    if isinstance(content, dict):
+        return {key: _exchange(value, old, new) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_exchange(value, old, new) for value in content]
+    return new if old(content) else content
 
 
-def _git_commit(folder: Path) -> str:
-    """The commit of the code that runs, with + where files differ from it; `unknown` outside a checkout."""
+def to_json(content, **layout) -> str:
+    """Strict JSON, which knows no nan and no infinity: both become null."""
+    plain = _exchange(content, lambda v: isinstance(v, float) and not math.isfinite(v), None)
+    return json.dumps(plain, allow_nan=False, **layout)
 
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10)
-        return done.stdout.strip() if done.returncode == 0 else ""
 
-    try:
-        commit = git("rev-parse", "HEAD")
-        return (commit + ("+" if git("status", "--porcelain", "-uno") else "")) if commit else "unknown"
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
+def from_json(text: str):
+    """What to_json wrote, with nan for null."""
+    return _exchange(json.loads(text), lambda v: v is None, math.nan)
 
 
 class Run:
     """One run folder, OUT/SCRIPT/DATASET/METHOD/seedS: what was run, how it went, and where to go on.
 
-        config.json     flags, git commit, versions, hardware     source.py       the script as it was run
-        metrics.jsonl   a line an epoch                           result.json     the end; there when finished
+        config.json     flags, data, commit, versions, hardware   source.py       the script as it was run
+        metrics.jsonl   one line per epoch                        result.json     the end; there when finished
         checkpoint.pt   tensors, numbers, generator states        features.npz    what nc_metrics.py reads
 
-    A finished run is never redone silently (`finished` holds its result); an unfinished one needs `resume`,
-    and both need the flags they were started with. `overwrite` starts anew. Raises UserError for all of it.
+    Run(folder) reads what is there: `config`, `history` (the lines), `finished` (the result, or None). To
+    train, take `open_run`. Raises UserError for a damaged file.
     """
 
-    def __init__(
-        self, folder: Path, flags: dict, script: Path, *, resume=False, overwrite=False, device="cpu"
-    ):
+    FILES = ("result.json", "checkpoint.pt", "metrics.jsonl", "features.npz", "source.py", "config.json")
+
+    def __init__(self, folder: Path):
         self.folder = Path(folder)
-        self.history: list[dict] = []
-        self.finished: dict | None = None
-        flags = json.loads(json.dumps(flags))  # as it will read back: tuples are lists
-        if overwrite and not ranks()[0]:
-            self._clear()
-        config = self._read_json("config.json")
-        result = self._read_json("result.json")
-        started = (self.folder / "checkpoint.pt").exists()
-        if config is None and (started or result is not None):
-            raise UserError(f"{self.folder}: a run without its config.json is here; --overwrite it")
-        if config is not None:
-            self._same_flags(config.get("flags", {}), flags)
-        if result is not None:
-            self.finished, self.history = result, self._read_history()
-            return
-        if started and not resume:
-            raise UserError(f"{self.folder}: an unfinished run is here; --resume it or --overwrite it")
-        if started:
-            return
-        about = {  # a fresh start, also where an earlier one ended before its first checkpoint
-            "flags": flags,
-            "commit": _git_commit(Path(script).resolve().parent),
-            "versions": _versions(),
-            "hardware": hardware(torch.device(device)),
-        }
-        write_atomically(self.folder / "source.py", lambda part: shutil.copyfile(script, part))
-        self._write_text("config.json", json.dumps(about, indent=1))
+        self.config = self._read("config.json", from_json)
+        self.finished = self._read("result.json", from_json)
+        self.history = self._read("metrics.jsonl", lambda text: list(map(from_json, text.splitlines()))) or []
 
-    def _clear(self) -> None:
-        # result first and flags last: what a kill leaves behind is no finished run, nor an unknown one
-        names = ("result.json", "checkpoint.pt", "metrics.jsonl", "features.npz", "source.py", "config.json")
-        try:
-            for name in names:
-                (self.folder / name).unlink(missing_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"{self.folder}: cannot be overwritten ({error.strerror}); choose another --out"
-            ) from None
-
-    def _same_flags(self, before: dict, now: dict) -> None:
-        for flag in sorted(before.keys() | now.keys()):
-            if before.get(flag) != now.get(flag):
-                name = "--" + flag.replace("_", "-")
-                raise UserError(
-                    f"{self.folder}: was run with {name} {before.get(flag)}, not {now.get(flag)}; "
-                    "--overwrite it or choose another --out"
-                )
-
-    def _read_json(self, name: str) -> dict | None:
+    def _read(self, name: str, parse):
         path = self.folder / name
         try:
-            if not path.exists():
-                return None
-            content = json.loads(path.read_text())
-            if not isinstance(content, dict):
-                raise ValueError("no JSON object")
-            return content
+            return parse(path.read_text()) if path.exists() else None
         except (OSError, ValueError) as error:
+            raise UserError(f"{path}: not readable ({error}); --overwrite it, or another --out") from None
+
+    @property
+    def fused(self) -> bool | None:
+        """For an optimiser: one kernel for all parameters on CUDA; elsewhere PyTorch chooses."""
+        return True if self.device.type == "cuda" else None
+
+    def autocast(self) -> torch.autocast:
+        """bf16 inside the network, where --precision says so."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16")
+
+    def prepare(self, model: torch.nn.ModuleDict) -> list[torch.nn.Module]:
+        """The model's parts as training calls them. Speed only: --compile, and torchrun's several GPUs."""
+        parts = [data_parallel(part) for part in model.values()]
+        if self.args.compile:
+            parts[0] = torch.compile(parts[0], mode="reduce-overhead")  # records CUDA graphs
+        return parts
+
+    def epochs(self, total: int, **parts) -> Iterator[int]:
+        """Each epoch still to be trained, from 0; after its body its line and checkpoint are written.
+
+        parts: what changes in training and is needed to go on: modules, optimisers, generators, tensors,
+        anything with state_dict and load_state_dict. They are restored before the first epoch. Raises
+        UserError for a loss that is not finite.
+        """
+        first = self._restore(parts)
+        self.total = total
+        hide = True if ranks()[0] else None  # None: no bar where there is no terminal
+        bar = tqdm(range(first, total), initial=first, total=total, desc=self.title, disable=hide)
+        for epoch in bar:
+            began = time.perf_counter()
+            self.losses = []
+            self.line = {}
+            yield epoch
+            line = {"epoch": epoch + 1, "loss": self._mean_loss(epoch), **self.line}
+            line["seconds"] = time.perf_counter() - began
+            self.history.append(line)
+            lines = [to_json(entry) + "\n" for entry in self.history]
+            self._write("metrics.jsonl", lambda part, lines=lines: part.write_text("".join(lines)))
+            self._save(epoch + 1, parts)
+            bar.set_postfix({key: f"{line[key]:.3f}" for key in ("loss", "accuracy") if key in line})
+            if epoch == first and bar.disable and total - first > 1 and not ranks()[0]:
+                print(f"{self.title}: about {line['seconds'] * (total - first - 1) / 60:.1f} more minutes")
+
+    def is_test_epoch(self, epoch: int) -> bool:
+        """Every --eval-every epochs, and after the last one. Under torchrun rank 0 tests, the others wait."""
+        last = epoch + 1 == self.total
+        return not ranks()[0] and (last or (epoch + 1) % self.args.eval_every == 0)
+
+    def add_loss(self, loss: Tensor) -> None:
+        """Keep a step's loss on the device; it is read once per epoch, so that no step waits for the host."""
+        self.losses.append(loss.detach())
+
+    def log(self, **numbers: float) -> None:
+        """Add numbers to this epoch's line of metrics.jsonl."""
+        self.line |= numbers
+
+    def _mean_loss(self, epoch: int) -> float:
+        losses = torch.stack(self.losses)
+        if ranks()[1] > 1:
+            dist.all_reduce(losses)
+            losses /= ranks()[1]
+        if not losses.isfinite().all():
+            step = int((~losses.isfinite()).nonzero()[0]) + 1
             raise UserError(
-                f"{path}: not readable ({error}); --overwrite the run or choose another --out"
-            ) from None
+                f"{self.title}: the loss is not finite in epoch {epoch + 1}, step {step}; lower --lr and "
+                f"--overwrite. Last good checkpoint: epoch {epoch}, {self.folder / 'checkpoint.pt'}"
+            )
+        return float(losses.mean())
 
-    def _write_text(self, name: str, text: str) -> None:
-        write_atomically(self.folder / name, lambda part: part.write_text(text))
-
-    def _read_history(self, last: float = float("inf")) -> list[dict]:
-        path = self.folder / "metrics.jsonl"
-        try:
-            lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-            return [line for line in lines if line["epoch"] <= last]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{path}: not readable ({error}); --overwrite the run or choose another --out"
-            ) from None
-
-    def load_checkpoint(self, device: torch.device) -> dict | None:
-        """The last checkpoint, or None for a fresh start; the history is cut back to its epoch."""
+    def _restore(self, parts: dict) -> int:
+        """Load the last checkpoint into parts; how many epochs are done. The history is cut back to it."""
         path = self.folder / "checkpoint.pt"
         if not path.exists():
-            return None
+            self.history = []
+            return 0
         try:
-            state = torch.load(path, map_location=device, weights_only=True)  # tensors and numbers, no code
+            state = torch.load(path, map_location="cpu", weights_only=True)  # tensors and numbers, no code
             epoch = state["epoch"]
+            torch.set_rng_state(state["rng"])  # dropout draws from torch's own generator
+            for name, part in parts.items():
+                if isinstance(part, Tensor):
+                    part.copy_(state[name])
+                elif isinstance(part, torch.Generator):
+                    part.set_state(state[name])
+                else:
+                    part.load_state_dict(state[name])
         except Exception as error:  # torch raises many kinds for a damaged file; to the user they are one
-            raise UserError(
-                f"{path}: not a readable checkpoint ({type(error).__name__}); --overwrite the run"
-            ) from None
-        self.history = self._read_history(epoch)
-        return state
+            reason = type(error).__name__
+            raise UserError(f"{path}: not a readable checkpoint ({reason}); --overwrite the run") from None
+        self.history = self.history[:epoch]
+        if not ranks()[0]:
+            print(f"{self.title}: goes on after epoch {epoch}")
+        return epoch
 
-    def save_checkpoint(self, state: dict) -> None:
-        write_atomically(self.folder / "checkpoint.pt", lambda part: torch.save(state, part))
+    def _save(self, epoch: int, parts: dict) -> None:
+        state = {"epoch": epoch, "rng": torch.get_rng_state()}
+        for name, part in parts.items():
+            if isinstance(part, Tensor):
+                state[name] = part
+            elif isinstance(part, torch.Generator):
+                state[name] = part.get_state()
+            else:
+                state[name] = part.state_dict()
+        self._write("checkpoint.pt", lambda part: torch.save(state, part))
 
-    def log(self, line: dict) -> None:
-        """Append an epoch to metrics.jsonl, rewritten whole and renamed: a kill never leaves half a line."""
-        self.history.append(line)
-        self._write_text("metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.history))
+    def _write(self, name: str, write) -> None:
+        write_atomically(self.folder / name, write)
 
     def save_features(self, **arrays: Tensor) -> None:
         """features.npz: train_h (N, d), train_y, test_h, test_y, W (K, d), as numpy arrays."""
         as_numpy = {name: value.detach().cpu().numpy() for name, value in arrays.items()}
-        write_atomically(self.folder / "features.npz", lambda part: np.savez(part, **as_numpy))
+        self._write("features.npz", lambda part: np.savez(part, **as_numpy))
 
     def load_features(self) -> dict[str, np.ndarray]:
         """What save_features wrote. Raises UserError where the file is missing or damaged."""
+        path = self.folder / "features.npz"
         try:
-            with np.load(self.folder / "features.npz", allow_pickle=False) as file:
+            with np.load(path, allow_pickle=False) as file:
                 return {key: file[key] for key in file.files}
-        except Exception as error:  # as with the data's npz
+        except Exception as error:  # zip, zlib and the header's parser raise many kinds
             reason = getattr(error, "strerror", None) or type(error).__name__
-            raise UserError(
-                f"{self.folder}/features.npz: not readable ({reason}); --overwrite the run"
-            ) from None
+            raise UserError(f"{path}: not readable ({reason}); --overwrite the run") from None
 
-    def finish(self, result: dict) -> None:
-        """Write result.json, last of all: its being there means that the run is whole."""
-        self._write_text("result.json", json.dumps(result, indent=1))
-        self.finished = result
+    def finish(self, measured: dict) -> dict:
+        """Write result.json, last of all: its being there means that the run is whole. Returns the result."""
+        about = {"method": self.name, "seed": self.seed, "epochs": len(self.history)}
+        tested = [line["accuracy"] for line in self.history if "accuracy" in line]
+        if tested:
+            about["best_accuracy"] = max(tested)
+        about["seconds"] = sum(line["seconds"] for line in self.history)
+        result = {**about, **measured}
+        self._write("result.json", lambda part: part.write_text(to_json(result, indent=1)))
+        self.finished = from_json(to_json(result))
+        return self.finished
 
 
-def run_side_by_side(script: Path, args, device: torch.device) -> None:
-    """`--jobs N`: each method and seed of args in a process of its own, N at a time; returns when all ended.
+# Flags that say where or how often, not what is computed: a run may go on with other values of these.
+NOT_IN_CONFIG = {"out", "data_dir", "method", "seed", "device", "overwrite", "synthetic", "folder", "dry_run"}
 
-    A process is the same command line (args.words) with one --method, one --seed and `--jobs 0`, which trains
-    and leaves the common table and figures to us. On the CPU they share the cores (OMP_NUM_THREADS); of
-    several GPUs each takes one. Each has its own progress bar in a terminal. After a failure no other is
-    started. Ctrl-C reaches all of them, and each leaves its checkpoint. Raises UserError where one failed,
-    and under torchrun.
+
+def open_run(args: argparse.Namespace, name: str, seed: int, data: Dataset, **flags) -> Run:
+    """The folder of one method and seed: finished, to be gone on with, or fresh. Raises UserError.
+
+    flags: what this run's config.json says beside, or instead of, the command line. An interrupted run goes
+    on by itself, and a finished one is never redone silently; both need the flags and the data they were
+    started with. --overwrite starts anew.
     """
-    if ranks()[1] > 1:
-        raise UserError(f"--jobs {args.jobs}: torchrun runs one job in several processes; leave out --jobs")
-    waiting = list(itertools.product(args.method, args.seed))
-    total, began, failed = len(waiting), time.monotonic(), []
-    running: dict[int, tuple[str, subprocess.Popen]] = {}  # by place, 0 to N - 1
-    threads = max(1, (os.cpu_count() or 1) // min(args.jobs, total))
-    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
+    folder = args.folder / name / f"seed{seed}"
+    about = {key: value for key, value in vars(args).items() if key not in NOT_IN_CONFIG}
+    about = from_json(to_json({**about, "method": name, "seed": seed, **flags}, default=str))
+    with first_rank_first():
+        if args.overwrite and not ranks()[0]:
+            _clear(folder)
+        run = Run(folder)
+        run.args = args
+        run.name = name
+        run.seed = seed
+        run.title = f"{name} seed {seed}"
+        run.device = args.device
+        started = (folder / "checkpoint.pt").exists()
+        if run.config is None and (started or run.finished):
+            raise UserError(f"{folder}: a run without its config.json is here; --overwrite it")
+        if run.config is not None:
+            _check_same(run, about, data)
+        if run.finished is not None:
+            if not ranks()[0]:
+                print(f"{run.title}: finished before; --overwrite trains it anew")
+        elif not started:
+            _describe(run, about, data)
+    return run
 
-    def start(place: int) -> None:
-        method, seed = waiting.pop(0)
-        here = {"TQDM_POSITION": str(place), "TQDM_LEAVE": ""}  # tqdm: which line, and that it goes when done
-        here["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
-        if gpus > 1:
-            here["CUDA_VISIBLE_DEVICES"] = visible[place % gpus]
-        words = [*args.words, "--method", method, "--seed", str(seed), "--jobs", "0"]  # the last one counts
-        command = [sys.executable, str(script), *words]
-        process = subprocess.Popen(command, env=os.environ | here, stdout=subprocess.DEVNULL)
-        running[place] = f"{method} seed {seed}", process
 
+def _clear(folder: Path) -> None:
+    # result first and config last: what a kill leaves behind is no finished run, nor an unknown one
     try:
-        while running or (waiting and not failed):
-            for place in range(args.jobs):
-                if place not in running and waiting and not failed:
-                    start(place)
-            time.sleep(0.1)
-            for place, (name, process) in list(running.items()):
-                if process.poll() is None:
-                    continue
-                del running[place]
-                failed += [name] if process.returncode else []
-                done = f"{total - len(waiting) - len(running)} of {total}"
-                how = "failed" if process.returncode else "done"
-                minutes = (time.monotonic() - began) / 60
-                print(f"{name}: {how} after {minutes:.1f} minutes, {done}", flush=True)
-    except BaseException:  # Ctrl-C in a terminal has reached them already, a signal to us alone has not
-        for _, process in running.values():
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(2)
-            process.send_signal(signal.SIGINT)
-        for _, process in running.values():
-            while process.poll() is None:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(10)
-                process.send_signal(signal.SIGINT)  # again, if the first was lost in a library's callback
-        raise
-    if failed:
-        left = f"; {len(waiting)} not started" if waiting else ""
-        names = ", ".join(failed)
-        raise UserError(f"--jobs {args.jobs}: {names} failed, as said above{left}; --resume goes on")
+        for name in Run.FILES:
+            (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be overwritten ({error.strerror}); choose another --out") from None
+
+
+def _check_same(run: Run, flags: dict, data: Dataset) -> None:
+    before = run.config.get("flags", {})
+    for flag in sorted(before.keys() | flags.keys()):
+        if before.get(flag) != flags.get(flag):
+            changed = f"--{flag.replace('_', '-')} {before.get(flag)}, not {flags.get(flag)}"
+            raise UserError(f"{run.folder}: was run with {changed}; --overwrite it or choose another --out")
+    if run.config.get("data") != data.fingerprint:
+        found = f"{run.config.get('data')}, not {data.fingerprint}"
+        raise UserError(f"{run.folder}: was run on other data ({found}); --overwrite it or change --out")
+
+
+def _describe(run: Run, flags: dict, data: Dataset) -> None:
+    """Write source.py and config.json, before the first epoch."""
+    source = Path(__file__).resolve().with_name(f"{run.args.script}.py")
+    run.config = {
+        "flags": flags,
+        "data": data.fingerprint,
+        "commit": _git_commit(source.parent),
+        "versions": _versions(),
+        "hardware": hardware(run.device),
+    }
+    run._write("source.py", lambda part: shutil.copyfile(source, part))
+    run._write("config.json", lambda part: part.write_text(to_json(run.config, indent=1)))
+
+
+def finished_runs(args: argparse.Namespace, runs: list[Run]) -> list[Run]:
+    """Every finished run of args.folder with the flags of `runs`, method and seed aside: for common figures.
+
+    So a later call with fewer methods draws no fewer curves.
+    """
+
+    def setting(run: Run) -> dict:
+        return {key: value for key, value in run.config["flags"].items() if key not in ("method", "seed")}
+
+    found = [Run(path.parent) for path in sorted(args.folder.glob("*/seed*/result.json"))]
+    settings = [setting(run) for run in runs]
+    return [run for run in found if run.config and setting(run) in settings]
+
+
+# %% ---------------------------------------------------------------------------------------------- Figures
+# Colours of Okabe and Ito (2008), which the colour-blind can tell apart; the pale ones come last.
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00", "#F0E442"]
+
+
+def styles(names) -> dict[str, dict]:
+    """Colour and marker of each name: {name: {"color": ..., "marker": ...}}. No two of 72 names are alike."""
+    markers = "os^DvPX<>"
+    return {
+        name: {"color": COLOURS[i % len(COLOURS)], "marker": markers[i % len(markers)]}
+        for i, name in enumerate(names)
+    }
+
+
+def save_figure(path: Path, figure) -> None:
+    """Write a matplotlib Figure as PNG, 200 dots per inch. Several processes may draw the same one."""
+    write_atomically(Path(path), lambda part: figure.savefig(part, dpi=200), shared=True)
+
+
+def curves(path: Path, points: dict[str, tuple], style: dict[str, dict], **axes) -> None:
+    """One plot of lines, {name: (x, y)}, its legend beside the data; axes: xlabel, ylabel, xscale, ..."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    plot = figure.subplots()
+    for name, (x, y) in points.items():
+        plot.plot(x, y, label=name, markevery=max(1, len(x) // 10), **style[name])
+    plot.set(**axes)
+    plot.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", frameon=False)
+    save_figure(path, figure)
+
+
+def heat_maps(path: Path, maps: dict[str, np.ndarray], *, label: str, limits: tuple, diverging: bool, **axes):
+    """Square maps side by side with one colour bar. diverging: red, white at 0, blue, for cosines."""
+    from matplotlib.figure import Figure
+
+    columns = min(4, len(maps))
+    rows = -(-len(maps) // columns)
+    figure = Figure(figsize=(2.8 * columns + 1.2, 2.8 * rows + 0.5), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    colours = "RdBu_r" if diverging else "viridis"
+    for plot in grid.flat[len(maps) :]:
+        plot.axis("off")
+    for plot, (name, values) in zip(grid.flat, maps.items(), strict=False):
+        image = plot.imshow(values, cmap=colours, interpolation="nearest", vmin=limits[0], vmax=limits[1])
+        plot.set(title=name, **axes)
+    figure.colorbar(image, ax=grid, label=label)
+    save_figure(path, figure)
 
 
 def mean_std(values: list[float], digits: int = 2, factor: float = 1.0) -> str:
@@ -1647,15 +1853,43 @@ def mean_std(values: list[float], digits: int = 2, factor: float = 1.0) -> str:
     return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}"
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
+def table(header: list[str], rows: list[list]) -> str:
     """Columns aligned for the terminal: text left, numbers right."""
     cells = [header, *([str(c) for c in row] for row in rows)]
     width = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = []
     for row in cells:
-        parts = [
-            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, width, strict=True))
-        ]
-        lines.append("  ".join(parts).rstrip())
+        first = row[0].ljust(width[0])
+        others = [c.rjust(w) for c, w in zip(row[1:], width[1:], strict=True)]
+        lines.append("  ".join([first, *others]).rstrip())
     lines.insert(1, "  ".join("-" * w for w in width))
     return "\n".join(lines)
+
+
+def command_line(main) -> None:
+    """Run main() and exit: 0, 1 after a failed claim, 2 after bad input (one line), 130 after Ctrl-C.
+
+    Does nothing in a notebook, where main(["--method", "ce"]) is called and returns results and folder.
+    """
+    if "ipykernel" in sys.modules:
+        print('in a notebook: result = main(["--epochs", "5"])')
+        return
+    if ranks()[0]:
+        sys.stdout = open(os.devnull, "w")  # only rank 0 prints
+    script = Path(sys.argv[0]).name
+    try:
+        result = main()
+    except UserError as error:
+        time.sleep(5 if ranks()[0] else 0)  # a rank that is still alive then has failed alone, so it reports
+        print(f"{script}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        without = " without --overwrite" if "--overwrite" in sys.argv else ""
+        print(f"\ninterrupted; the same command{without} goes on after the last whole epoch", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(1 if result.get("ok") is False else 0)
