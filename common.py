@@ -1020,6 +1020,10 @@ def collapse_metrics(h: Tensor, y: Tensor, W: Tensor, prediction: Tensor, few: T
     }
 
 
+def heads(train_h, train_y, test_h, test_y, W, b=None):
+    return {"minus_log_n": 0.0, "nearest_mean": 0.0, "equal_length": 0.0}
+
+
 def zero_mean_metrics(means: Tensor, W: Tensor | None = None) -> dict[str, float]:
     """Zero-mean neural collapse (ZNC): NC2 and NC3 with the origin in the place of the global mean.
 
@@ -1566,6 +1570,7 @@ class Run:
         self.folder = Path(folder)
         self.config = self._read("config.json", from_json)
         self.finished = self._read("result.json", from_json)
+        self.name = self.finished["method"] if self.finished else None
         self.history = self._read("metrics.jsonl", lambda text: list(map(from_json, text.splitlines()))) or []
 
     def _read(self, name: str, parse):
@@ -1614,8 +1619,9 @@ class Run:
             self._write("metrics.jsonl", lambda part, lines=lines: part.write_text("".join(lines)))
             self._save(epoch + 1, parts)
             bar.set_postfix({key: f"{line[key]:.3f}" for key in ("loss", "accuracy") if key in line})
-            if epoch == first and bar.disable and total - first > 1 and not ranks()[0]:
-                print(f"{self.title}: about {line['seconds'] * (total - first - 1) / 60:.1f} more minutes")
+            minutes = line["seconds"] * (total - first - 1) / 60
+            if epoch == first and bar.disable and minutes > 1 and not ranks()[0]:
+                print(f"{self.title}: about {minutes:.0f} more minutes", flush=True)
 
     def is_test_epoch(self, epoch: int) -> bool:
         """Every --eval-every epochs, and after the last one. Under torchrun rank 0 tests, the others wait."""
