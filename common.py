@@ -1364,34 +1364,41 @@ class Arguments(argparse.ArgumentParser):
         self.script = script
         self.methods = list(methods)
         self.recipes = recipes
-        self.add = self.add_argument_group("of this chapter").add_argument
+        self.add = self._adder("of this chapter")
         self._add_training(default)
         self._add_data()
         self._add_run()
         self.set_defaults(**defaults)
 
-    def _by_data_set(self, flag: str, help: str) -> str:
-        """Help with the recipes' values: `(default: 200; digits 30)`."""
-        usual = self.recipes[""].get(flag)
-        if usual is None:
-            return help
-        special = [f"{name} {found[flag]}" for name, found in self.recipes.items() if name and flag in found]
-        return f"{help} (default: {usual}{'; ' if special else ''}{', '.join(special)})"
+    def _adder(self, title: str):
+        """add_argument of a group; what the recipes hold is left to them: `(default: 200; digits 30)`."""
+        group = self.add_argument_group(title)
+
+        def add(name: str, *, help: str, **options) -> None:
+            flag = name[2:].replace("-", "_")
+            found = {key: values[flag] for key, values in self.recipes.items() if flag in values}
+            if found:
+                options["default"] = None
+                listed = "; ".join(f"{key} {value}".strip() for key, value in found.items())
+                help = f"{help} (default: {listed})"
+            group.add_argument(name, help=help, **options)
+
+        return add
 
     def _add_training(self, default: list[str]) -> None:
-        add = self.add_argument_group("training").add_argument
+        add = self._adder("training")
         names = [*self.methods, "all"]
         add("--method", nargs="+", default=default, choices=names, metavar="M", help="one or more, see below")
-        add("--epochs", type=at_least(1), help=self._by_data_set("epochs", "passes over the training images"))
-        add("--batch-size", type=at_least(2), help=self._by_data_set("batch_size", "images per step"))
-        add("--lr", type=positive, help=self._by_data_set("lr", "peak learning rate"))
-        add("--weight-decay", type=fraction, help=self._by_data_set("weight_decay", "on all parameters"))
+        add("--epochs", type=at_least(1), help="passes over the training images")
+        add("--batch-size", type=at_least(2), help="images per step")
+        add("--lr", type=positive, help="peak learning rate")
+        add("--weight-decay", type=fraction, help="on all parameters")
         seed = at_least(0, 2**32 - 1)
         add("--seed", type=seed, nargs="+", default=[0], help="one or more; of weights, order and crops")
         add("--eval-every", type=at_least(1), default=1, help="epochs from test to test; the last is tested")
 
     def _add_data(self) -> None:
-        add = self.add_argument_group("data").add_argument
+        add = self._adder("data")
         names = f"{', '.join(SPECS)}, folder:PATH; with lt long-tailed: cifar10lt"
         add("--dataset", default="digits", help=names)
         add("--data-dir", type=a_path, default=Path("data"), help="where NAME.npz is kept and downloads go")
@@ -1401,7 +1408,7 @@ class Arguments(argparse.ArgumentParser):
         add("--test-share", type=fraction, default=0.0, help="folder without train/, test/: to test on")
 
     def _add_run(self) -> None:
-        add = self.add_argument_group("run").add_argument
+        add = self._adder("run")
         where = f"run folders go to OUT/{self.script}/DATASET/METHOD/seedS"
         add("--out", type=a_path, default=Path("runs"), help=where)
         add("--overwrite", action="store_true", help="train anew what is there, instead of going on with it")
@@ -1444,6 +1451,9 @@ def prepare_data(args: argparse.Namespace) -> Dataset:
         )
     if args.dry_run:
         data = cut_for_dry_run(data, args.batch_size)
+    least = 2 * ranks()[1]  # BatchNorm needs two images in each process
+    if args.batch_size < least:
+        raise UserError(f"--batch-size {args.batch_size}: for {ranks()[1]} processes, {least} or more")
     n = data.counts
     sizes = f"{len(data.train_y):,} training images ({n.max()} to {n.min()} per class)"
     print(f"{args.dataset}: {len(n)} classes, {sizes}, {len(data.test_y):,} test images")
@@ -1553,6 +1563,20 @@ def from_json(text: str):
     return _exchange(json.loads(text), lambda v: v is None, math.nan)
 
 
+def _json_object(text: str) -> dict:
+    content = from_json(text)
+    if not isinstance(content, dict):
+        raise ValueError("no JSON object")
+    return content
+
+
+def _json_epochs(text: str) -> list[dict]:
+    lines = [_json_object(line) for line in text.splitlines()]
+    if [line.get("epoch") for line in lines] != list(range(1, len(lines) + 1)):
+        raise ValueError("its epochs are not 1, 2, 3, ...")
+    return lines
+
+
 class Run:
     """One run folder, OUT/SCRIPT/DATASET/METHOD/seedS: what was run, how it went, and where to go on.
 
@@ -1568,10 +1592,10 @@ class Run:
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
-        self.config = self._read("config.json", from_json)
-        self.finished = self._read("result.json", from_json)
-        self.name = self.finished["method"] if self.finished else None
-        self.history = self._read("metrics.jsonl", lambda text: list(map(from_json, text.splitlines()))) or []
+        self.config = self._read("config.json", _json_object)
+        self.finished = self._read("result.json", _json_object)
+        self.name = self.finished.get("method") if self.finished else None
+        self.history = self._read("metrics.jsonl", _json_epochs) or []
 
     def _read(self, name: str, parse):
         path = self.folder / name
@@ -1643,9 +1667,10 @@ class Run:
             losses /= ranks()[1]
         if not losses.isfinite().all():
             step = int((~losses.isfinite()).nonzero()[0]) + 1
+            kept = f"epoch {epoch}, {self.folder / 'checkpoint.pt'}" if epoch else "none"
             raise UserError(
                 f"{self.title}: the loss is not finite in epoch {epoch + 1}, step {step}; lower --lr and "
-                f"--overwrite. Last good checkpoint: epoch {epoch}, {self.folder / 'checkpoint.pt'}"
+                f"--overwrite. Last good checkpoint: {kept}"
             )
         return float(losses.mean())
 
@@ -1668,7 +1693,7 @@ class Run:
                     part.load_state_dict(state[name])
         except Exception as error:  # torch raises many kinds for a damaged file; to the user they are one
             reason = type(error).__name__
-            raise UserError(f"{path}: not a readable checkpoint ({reason}); --overwrite the run") from None
+            raise UserError(f"{path}: not a readable checkpoint ({reason}); --overwrite it") from None
         self.history = self.history[:epoch]
         if not ranks()[0]:
             print(f"{self.title}: goes on after epoch {epoch}")
@@ -1742,13 +1767,12 @@ def open_run(args: argparse.Namespace, name: str, seed: int, data: Dataset, **fl
         started = (folder / "checkpoint.pt").exists()
         if run.config is None and (started or run.finished):
             raise UserError(f"{folder}: a run without its config.json is here; --overwrite it")
-        if run.config is not None:
+        if started or run.finished:
             _check_same(run, about, data)
-        if run.finished is not None:
-            if not ranks()[0]:
-                print(f"{run.title}: finished before; --overwrite trains it anew")
-        elif not started:
+        else:
             _describe(run, about, data)
+        if run.finished and not ranks()[0]:
+            print(f"{run.title}: finished before; --overwrite trains it anew")
     return run
 
 

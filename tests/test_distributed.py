@@ -41,34 +41,33 @@ def server():
 class Small(nn.Module):
     """A network that takes no time. Without BatchNorm, what an image gives does not depend on its batch."""
 
-    batchnorm = False
-
     def __init__(self, channels, width):
         super().__init__()
         self.d = 64
         self.conv = nn.Conv2d(channels, 64, 3, padding=1)
-        self.bn = nn.BatchNorm2d(64) if self.batchnorm else nn.Identity()
 
     def forward(self, x):
-        return F.relu(self.bn(self.conv(x))).mean((2, 3))
+        return F.relu(self.conv(x)).mean((2, 3))
 
 
-class SmallBatchNorm(Small):
-    batchnorm = True
+def simplify(script, put=setattr):
+    """No large network, no figures, no BatchNorm; 240 images, which two ranks divide as one does."""
+    whole = script.prepare_data
+
+    def prepare_data(args):
+        data = whole(args)
+        return data._replace(train_x=data.train_x[:240], train_y=data.train_y[:240])
+
+    put(script, "prepare_data", prepare_data)
+    put(script, "NETWORKS", dict.fromkeys(script.NETWORKS, Small))
+    put(script, "draw_figures", lambda folder, runs: None)
+    put(nn, "BatchNorm1d", lambda d: nn.Identity())
 
 
-def simplify(script, network, put=setattr):
-    """No large network, no figures; without BatchNorm, none before the class vectors either."""
-    put(script, "ResNet32", network)
-    put(script, "draw_figures", lambda folder, runs: [])
-    if not network.batchnorm:
-        put(nn, "BatchNorm1d", lambda d: nn.Identity())
-
-
-def child(name, rank, port, network, argv, out, interrupt):
-    """One rank, as torchrun would run it. Its models go to out/METHOD.rankR.pt, its words to out/rankR.*."""
-    os.environ |= dict(RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-    os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=f"{port}")
+def child(name, rank, port, argv, out, interrupt):
+    """One rank, as torchrun would run it. Its model goes to out/METHOD.rankR.pt, its words to out/rankR.*."""
+    os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
     for stream, kind in ((sys.stdout, "out"), (sys.stderr, "err")):
         os.dup2(os.open(out / f"rank{rank}.{kind}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
     (out / f"rank{rank}.pid").write_text(f"{os.getpid()}")
@@ -77,12 +76,12 @@ def child(name, rank, port, network, argv, out, interrupt):
     if rank:  # only rank 0 writes
         os.replace = os.unlink = Path.unlink = Path.write_text = None
     script = sys.modules[name]
-    simplify(script, network)
-    conclude, manual_seed, step, steps = script.conclude, torch.manual_seed, torch.optim.SGD.step, []
+    simplify(script)
+    measure, manual_seed, step, steps = script.measure, torch.manual_seed, torch.optim.SGD.step, []
 
-    def concluded(args, data, run, model, *rest):
-        torch.save(model.state_dict(), out / f"{rest[-1]['method']}.rank{rank}.pt")
-        return conclude(args, data, run, model, *rest)
+    def measured(model, data, run):
+        torch.save(model.state_dict(), out / f"{run.title.split()[0]}.rank{rank}.pt")
+        return measure(model, data, run)
 
     def interrupted(self, *args, **kwargs):
         steps.append(1)
@@ -92,28 +91,30 @@ def child(name, rank, port, network, argv, out, interrupt):
             time.sleep(5)  # if this is rank 1: by now rank 0 waits for it
         return step(self, *args, **kwargs)
 
-    script.conclude, torch.optim.SGD.step = concluded, interrupted
+    script.measure, torch.optim.SGD.step = measured, interrupted
     torch.manual_seed = lambda seed: manual_seed(seed + 7 * rank)  # all must begin with rank 0's weights
-    script.main(argv)
+    sys.argv = [f"{name}.py", *argv]
+    common.command_line(script.main)
 
 
-def start(script, tmp_path, argv, network=Small, interrupt=None):
-    """Two ranks; when one fails the other is ended, as torchrun does. Their exit codes and stderr."""
+def start(script, tmp_path, argv, interrupt=None):
+    """Two ranks; when one ends badly the other is ended, as torchrun does. Their exit codes and stderr."""
     server = multiprocessing.get_context("forkserver")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ranks = []
     words = [*argv, "--out", str(tmp_path / "two"), "--precision", "fp32", "--device", "cpu"]
+    ranks = []
     for rank in range(2):
-        rest = (port, network, words, tmp_path, interrupt)
+        rest = (port, words, tmp_path, interrupt)
         ranks.append(server.Process(target=child, args=(script.__name__, rank, *rest)))
     for rank in ranks:
         rank.start()
-    until = time.monotonic() + 200
+    until = time.monotonic() + 100
     while any(rank.is_alive() for rank in ranks):
         failed = any(rank.exitcode for rank in ranks)
-        if time.monotonic() > until or (failed and not interrupt):
+        if time.monotonic() > until or failed:
+            time.sleep(1)
             for rank in ranks:
                 rank.terminate()
         time.sleep(0.05)
@@ -121,9 +122,9 @@ def start(script, tmp_path, argv, network=Small, interrupt=None):
     return [rank.exitcode for rank in ranks], [(tmp_path / f"rank{r}.err").read_text() for r in (0, 1)]
 
 
-def one(script, tmp_path, argv, monkeypatch, network=Small):
+def one(script, tmp_path, argv, monkeypatch):
     """The same in this process alone."""
-    simplify(script, network, monkeypatch.setattr)
+    simplify(script, monkeypatch.setattr)
     script.main([*argv, "--out", str(tmp_path / "one"), "--precision", "fp32", "--device", "cpu"])
 
 
@@ -142,68 +143,54 @@ def same_on_both_ranks(tmp_path, method):
     return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+SHORT = ["--epochs", "2", "--eval-every", "2", "--batch-size", "40", "--lr", "0.1", "--weight-decay", "1e-3"]
+
+
 @pytest.mark.parametrize("script, methods, flags", [
-    (bmls_msclf, "mixup remix bmls+ms", "--lam batch --ms raw"),
-    (bmls_msclf, "mixup cb+ms", "--lam pair --ms unit"),
+    (bmls_msclf, "ce remix bmls+ms", "--lam batch --ms raw"),
+    (bmls_msclf, "cb+ms", "--lam pair --ms unit"),
     (etf_dr, "ce+mixup etf+dr etf+dr+mixup", "--class-length on --reweight on"),
 ])  # fmt: skip
 def test_two_processes_take_the_steps_of_one(script, methods, flags, tmp_path, monkeypatch):
-    """To the rounding of float32, in batches of 35: rank 0 has 17 images, rank 1 has 18."""
-    argv = ["--method", *methods.split(), *flags.split(), "--batch-size", "35", "--dry-run"]
+    """To the rounding of float32; mixed labels, crops and lam are those of one process."""
+    argv = ["--method", *methods.split(), *flags.split(), *SHORT]
     codes, errors = start(script, tmp_path, argv)
     assert codes == [0, 0] and errors == ["", ""]
     one(script, tmp_path, argv, monkeypatch)
     for method in methods.split():
         (history, arrays, state), expected = (files(tmp_path / out, method) for out in ("two", "one"))
-        for part in ("model", "optimizer"):  # after one step momentum is the gradient; there were two
-            torch.testing.assert_close(state[part], expected[2][part], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(state["model"], expected[2]["model"], rtol=1e-3, atol=1e-5)
         assert torch.equal(state["generator"], expected[2]["generator"])
-        assert history[0]["loss"] == pytest.approx(expected[0][0]["loss"], rel=1e-5)
+        assert [line["loss"] for line in history] == pytest.approx(
+            [line["loss"] for line in expected[0]], rel=1e-4
+        )
         assert arrays.keys() == expected[1].keys()
-        for key in arrays:  # features of all images in their order, though each rank computed half of them
-            np.testing.assert_allclose(arrays[key], expected[1][key], rtol=1e-3, atol=1e-5)
+        for key in arrays:
+            np.testing.assert_allclose(arrays[key], expected[1][key], rtol=1e-2, atol=1e-4)
         assert same_on_both_ranks(tmp_path, method)
 
 
-def test_mixed_labels_are_those_of_one_process(tmp_path, monkeypatch):
-    argv = ["--method", "bmls", "cb-mixup", "--epochs", "3", "--eval-every", "3", "--batch-size", "64"]
-    assert start(bmls_msclf, tmp_path, argv, SmallBatchNorm)[0] == [0, 0]
-    one(bmls_msclf, tmp_path, argv, monkeypatch, SmallBatchNorm)
-    for method in ("bmls", "cb-mixup"):
-        counts, expected = (files(tmp_path / out, method)[1]["mixed_counts"] for out in ("two", "one"))
-        assert counts.sum() == 3 * 349 and np.array_equal(counts, expected)
-        if method == "bmls":
-            counts = (counts + np.tril(counts, -1).T)[np.triu_indices(10)]  # (i, j) and (j, i) are one label
-            assert np.ptp(counts) == 1
-        assert same_on_both_ranks(tmp_path, method)  # BatchNorm's statistics too
-
-
 @pytest.mark.parametrize("script, method, rank", [(bmls_msclf, "bmls+ms", 0), (etf_dr, "etf+dr+mixup", 1)])
-def test_interrupted_and_resumed_is_the_same_to_the_last_bit(script, method, rank, tmp_path):
-    argv = ["--method", method, "--epochs", "3", "--eval-every", "1", "--batch-size", "64"]
+def test_interrupted_and_gone_on_with_is_the_same_to_the_last_bit(script, method, rank, tmp_path):
+    argv = ["--method", method, *SHORT]
     (whole := tmp_path / "whole").mkdir()
-    assert start(script, whole, argv, SmallBatchNorm)[0] == [0, 0]
-    codes, errors = start(script, tmp_path, argv, SmallBatchNorm, interrupt=(rank, 9))  # an epoch has 6 steps
-    assert codes == [130, 130] and errors[1] == ""
-    assert f"torchrun --nproc-per-node 2 {script.__name__}.py --method" in errors[0]
-    assert errors[0].endswith("--resume\n")
-    codes, errors = start(script, tmp_path, argv, SmallBatchNorm)  # not silently on: rank 0 alone sees it
-    assert codes == [2, -signal.SIGTERM] and "--resume" in errors[0]
-    assert errors[0].count("\n") == 1 and errors[1] == ""
-    assert start(script, tmp_path, [*argv, "--resume"], SmallBatchNorm)[0] == [0, 0]
-    resumed, expected = files(tmp_path / "two", method), files(whole / "two", method)
-    assert resumed[0] == expected[0] and len(resumed[0]) == 3
-    assert all(np.array_equal(resumed[1][key], expected[1][key]) for key in expected[1])
-    torch.testing.assert_close(resumed[2]["model"], expected[2]["model"], rtol=0, atol=0)
-    assert (tmp_path / "rank1.out").read_text() == "" != (tmp_path / "rank0.out").read_text()
-    assert start(script, tmp_path, argv, SmallBatchNorm)[0] == [0, 0]  # rank 1 hears that all is done
-    assert "done before" in (tmp_path / "rank0.out").read_text()
+    assert start(script, whole, argv)[0] == [0, 0]
+    codes, errors = start(script, tmp_path, argv, interrupt=(rank, 9))  # an epoch has 6 steps
+    assert codes[rank] == 130 and "goes on" in errors[rank]
+    assert start(script, tmp_path, argv)[0] == [0, 0]
+    assert "goes on after epoch 1" in (tmp_path / "rank0.out").read_text()
+    assert (tmp_path / "rank1.out").read_text() == ""
+    gone_on, expected = files(tmp_path / "two", method), files(whole / "two", method)
+    assert gone_on[0] == expected[0] and len(gone_on[0]) == 2
+    assert all(np.array_equal(gone_on[1][key], expected[1][key]) for key in expected[1])
+    torch.testing.assert_close(gone_on[2]["model"], expected[2]["model"], rtol=0, atol=0)
+    assert start(script, tmp_path, argv)[0] == [0, 0]  # and rank 1 learns that all is done
+    assert "finished before" in (tmp_path / "rank0.out").read_text()
 
 
 @pytest.mark.parametrize("script, flags, words", [
     (bmls_msclf, "--batch-size 3", ["--batch-size 3", "2 processes", "4 or more"]),
-    (bmls_msclf, "--jobs 2", ["--jobs 2", "torchrun"]),
-    (etf_dr, "--lr 1e30 --reweight on", ["not finite", "--lr", "checkpoint.pt"]),
+    (etf_dr, "--lr 1e30 --reweight on", ["not finite", "--lr", "checkpoint: none"]),
     (etf_dr, "--data-dir /dev/null --dataset mnist", ["/dev/null"]),
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_no_hang(script, flags, words, tmp_path):
@@ -215,27 +202,22 @@ def test_bad_input_is_one_line_and_no_hang(script, flags, words, tmp_path):
 
 
 PROGRAM = """
-import bmls_msclf
-from test_distributed import Small, simplify
-simplify(bmls_msclf, Small)
-bmls_msclf.main(["--method", "ce", "--seed", "0", "1", "--dry-run", "--out", {out!r}])
-bmls_msclf.main(["--epochs", "0"])
+import sys, bmls_msclf, common
+from test_distributed import SHORT, simplify
+simplify(bmls_msclf)
+sys.argv = ["bmls_msclf.py", "--method", "ce", "--seed", "0", "1", "--out", {out!r}, *SHORT]
+common.command_line(bmls_msclf.main)
 """
 
 
 def test_under_torchrun_itself(tmp_path):
-    """Two seeds, one after the other; then a mistake."""
+    """Two seeds, one after the other."""
     (tmp_path / "program.py").write_text(PROGRAM.format(out=str(tmp_path)))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-    }
+    path = f"{ROOT}:{ROOT / 'tests'}"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
     argv = [*launch, str(tmp_path / "program.py")]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.stdout.count("349 training images") == 1  # rank 1 prints nothing
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=200, env=environment)
+    assert done.returncode == 0
+    assert done.stdout.count("training images (") == 1  # rank 1 prints nothing
     assert len(list(tmp_path.rglob("result.json"))) == 2
-    assert done.returncode != 0
-    errors = [line for line in done.stderr.splitlines() if "error: --" in line]
-    assert errors == ["bmls_msclf.py: error: --epochs 0: expected 1 or more"]
