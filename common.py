@@ -16,7 +16,6 @@ h features (row vectors), W class vectors (K, d), M class means (K, d).
 import argparse
 import contextlib
 import datetime
-import functools
 import importlib.metadata
 import itertools
 import json
@@ -722,6 +721,38 @@ def expected_calibration_error(probability: Tensor, y: Tensor, bins: int = 15) -
     return float(gap.abs().sum() / len(y))
 
 
+def heads(train_h, train_y, test_h, test_y, W, b=None) -> dict[str, float]:
+    """Test accuracy that trained features give under other heads, without any training.
+
+    Features (N, d), labels (N,), class vectors W (K, d) and biases b (K,) as they are in the logits: a
+    factor on the logits is a factor on W.
+        own           argmax_k  w_k . h + b_k
+        equal_length  argmax_k  w_k . h / ||w_k||             tau-normalisation at 1 (Kang et al. 2020)
+        minus_log_n   argmax_k  w_k . h + b_k - log n_k       logit adjustment at 1 (Menon et al. 2021)
+        nearest_mean  argmin_k  ||h - mu_k||                  mu_k of the training features
+    Each also with `_few`: on the test samples of the classes that shot_groups calls few (nan if none).
+    """
+    K = len(W)
+    n = torch.bincount(train_y, minlength=K)
+    z = logits(test_h, W, b)
+    predictions = {
+        "own": z.argmax(1),
+        "equal_length": logits(test_h, unit(W)).argmax(1),
+        "minus_log_n": (z - n.to(z.device).double().log()).argmax(1),
+        "nearest_mean": nearest_mean(test_h, class_means(train_h, train_y, K)),
+    }
+    few = torch.isin(test_y, shot_groups(n)[0]["few"])
+    result = {}
+    for name, prediction in predictions.items():
+        right = (prediction.to(test_y.device) == test_y).double()
+        result[name] = float(right.mean())
+        result[f"{name}_few"] = float(right[few].mean())
+    return result
+
+
+# Continual learning: a stream of T tasks.
+
+
 def task_accuracies(z: Tensor, y: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:
     """Accuracy on each task of a stream, (T,) float64 twice: class-IL and task-IL (van de Ven, Tolias 2019).
 
@@ -753,10 +784,10 @@ def stream_metrics(R: Tensor) -> dict[str, float]:
     learned, which hold chance. A joint run has one row, (1, T): it has an average, the rest is nan. Tasks
     without test images (nan) are left out of every mean.
     """
-    R, nan = R.double(), float("nan")
+    R = R.double()
     rows, T = R.shape
-    result = {"average": float(R[-1].nanmean()), "stream_average": nan}
-    result |= {"forgetting": nan, "backward_transfer": nan}
+    result = {"average": float(R[-1].nanmean())}
+    result |= dict.fromkeys(("stream_average", "forgetting", "backward_transfer"), math.nan)
     if rows != T:
         return result
     result["stream_average"] = float(average_so_far(R).nanmean())
@@ -767,187 +798,191 @@ def stream_metrics(R: Tensor) -> dict[str, float]:
     return result
 
 
+# Neural collapse. Features h (N, d) of any float type and length, labels y (N,). All sums are in float64, of
+# differences where what is added up is a spread: a spread of 1e-7 around features of norm 100 is right, and
+# features times 1e-18 or 1e18 give the same. What is not defined is nan: dead or fully collapsed features.
+
+
+def chunks(h: Tensor, *labels: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Some rows of h at a time, in float64 and small enough for the cache, with their rows of the labels."""
+    device = metric_device(h.device)
+    rows = max(1, 2**16 // h.shape[1])
+    for x, *parts in zip(h.split(rows), *(y.split(rows) for y in labels), strict=True):
+        yield x.detach().to(device, torch.float64), *(part.to(device) for part in parts)
+
+
+def logits(h: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
+    """z = h W^T + b in float64, (N, K), of features h (N, d), class vectors W (K, d), biases b (K,)."""
+    device = metric_device(h.device)
+    W = W.detach().to(device, torch.float64)
+    b = 0 if b is None else b.detach().to(device, torch.float64)
+    return torch.cat([x @ W.T + b for (x,) in chunks(h)])
+
+
+def class_means(h: Tensor, y: Tensor, K: int) -> Tensor:
+    """mu_k, (K, d) float64; equal features have exactly this mean. ValueError for a class without samples."""
+    device = metric_device(h.device)
+    y = y.to(device)
+    count = torch.bincount(y, minlength=K)
+    if count.min() == 0:
+        raise ValueError(f"class {int(count.argmin())} has no sample")
+    order = torch.arange(len(y), device=device)
+    first = torch.full_like(count, len(y)).scatter_reduce(0, y, order, "amin")  # a sample of each class
+    anchor = h.detach()[first.to(h.device)].to(device, torch.float64)  # (K, d)
+    total = torch.zeros_like(anchor)
+    for x, k in chunks(h, y):
+        total.index_add_(0, k, x - anchor.index_select(0, k))
+    return anchor + total / count[:, None]
+
+
+class ClassSums(NamedTuple):
+    """What the measures of collapse share."""
+
+    count: Tensor  # (K,) n_k
+    mean: Tensor  # (K, d) mu_k
+    centred: Tensor  # (K, d) mu_k - mu_G, where mu_G is the mean of the class means, not of the samples
+    square: Tensor  # (K,) sum of ||h - mu_k||^2 over the class: its part of N tr(Sigma_W)
+
+
+def class_sums(h: Tensor, y: Tensor, K: int | None = None) -> ClassSums:
+    """Counts, means, centred means and within-class traces of features h (N, d), labels y (N,), float64.
+
+    K: number of classes, by default the largest label + 1. ValueError for a class without samples.
+    """
+    K = int(y.max()) + 1 if K is None else K
+    mean = class_means(h, y, K)
+    square = mean.new_zeros(K)
+    for x, k in chunks(h, y):
+        z = x - mean.index_select(0, k)
+        square.index_add_(0, k, torch.linalg.vecdot(z, z))
+    from_first = mean - mean[0]  # of equal means exactly 0
+    centred = from_first - from_first.mean(0)
+    count = torch.bincount(y, minlength=K).to(mean.device, torch.float64)
+    return ClassSums(count, mean, centred, square)
+
+
+def rounding(mean: Tensor) -> float:
+    """Length below which a difference of class means (K, d) is what rounding left."""
+    return float(1000 * torch.finfo(torch.float64).eps * mean.norm(dim=1).max())
+
+
+def nc1(h: Tensor, y: Tensor, sums: ClassSums | None = None, centred: bool = True) -> tuple[float, int]:
+    """NC1 = tr(Sigma_W pinv(Sigma_B)) / K, and the rank of Sigma_B that was kept (K - 1 if all is well).
+
+        Sigma_W = 1/N sum_i (h_i - mu_y)(h_i - mu_y)^T      pooled over samples
+        Sigma_B = 1/K sum_k (mu_k - mu_G)(mu_k - mu_G)^T     mu_G = mean of the class means
+    With A = (mu_k - mu_G)_k / sqrt(K), (K, d), Sigma_B = A^T A and pinv(Sigma_B) = P P^T for P = pinv(A), so
+        tr(Sigma_W pinv(Sigma_B)) = 1/N sum_i ||P^T (h_i - mu_y)||^2
+    and no d x d matrix is needed. Two class means that (nearly) coincide give a singular value near 0; the
+    cut-off drops it, NC1 jumps, and only the rank tells. nan where no mean differs (rank 0).
+    NC1 does not see spread across the span of the centred means: report trace_ratio or cdnv beside it.
+    Papyan et al.'s notebook does not divide by K. centred=False: ZNC1, with mu_G = 0 and rank K.
+    """
+    sums = class_sums(h, y) if sums is None else sums
+    K = len(sums.mean)
+    A = (sums.centred if centred else sums.mean) / K**0.5
+    _, s, V = torch.linalg.svd(A, full_matrices=False)  # A = U diag(s) V
+    cut = max(A.shape) * torch.finfo(s.dtype).eps * s[0] ** 2  # pinv(Sigma_B)'s: its eigenvalues are s^2
+    keep = s**2 > cut + rounding(sums.mean) ** 2
+    P = V[keep].T / s[keep]  # (d, rank)
+    if P.shape[1] == 0:
+        return math.nan, 0
+    total = 0.0
+    for x, k in chunks(h, y):
+        total += ((x - sums.mean.index_select(0, k)) @ P).square().sum()
+    return float(total / len(h) / K), P.shape[1]
+
+
+def trace_ratio(h: Tensor, y: Tensor, sums: ClassSums | None = None) -> float:
+    """tr(Sigma_W) / tr(Sigma_B): spread in every direction counts. inf where no mean differs.
+
+    The `quotient` of the neural-collapse package, at its present state.
+    """
+    sums = class_sums(h, y) if sums is None else sums
+    within = sums.square.sum() / sums.count.sum()
+    between = sums.centred.square().sum() / len(sums.mean)
+    return float(within / between)
+
+
+def cdnv(h: Tensor, y: Tensor, sums: ClassSums | None = None) -> float:
+    """Class-distance normalised variance (Galanti et al. 2022): mean over pairs of classes of
+
+        (v_i + v_j) / (2 ||mu_i - mu_j||^2)        v_k = mean of ||h - mu_k||^2 over class k
+
+    inf where two class means are equal (nan if neither class has any spread).
+    """
+    sums = class_sums(h, y) if sums is None else sums
+    v = sums.square / sums.count
+    i, j = torch.triu_indices(len(v), len(v), 1, device=v.device)
+    return float(((v[i] + v[j]) / (2 * distances(sums.mean)[i, j].square())).mean())
+
+
+VCI_LARGEST_D = 4096  # vci needs the d x d matrix Sigma_W and its eigenvectors; beyond this d it is nan
+
+
+def vci(h: Tensor, y: Tensor, sums: ClassSums | None = None) -> float:
+    """VCI = 1 - tr(pinv(Sigma_W + Sigma_B) Sigma_B) / r, r = min(d, K-1), of variability (Xu & Liu 2023).
+
+    From 0, collapsed, to 1; any invertible linear map of the features leaves it as it is. Computed as
+        1/r sum_{i<=r} 1 / (1 + g_i)      g: the r largest eigenvalues of A pinv(Sigma_W) A^T, A as in nc1
+    which near collapse, g -> inf, does not subtract from 1. nan where nothing differs, and for d > 4096.
+    """
+    sums = class_sums(h, y) if sums is None else sums
+    K, d = sums.mean.shape
+    if d > VCI_LARGEST_D:
+        return math.nan
+    Sigma_W = sums.mean.new_zeros(d, d)
+    for x, k in chunks(h, y):
+        z = x - sums.mean.index_select(0, k)
+        Sigma_W.addmm_(z.T, z, alpha=1 / len(h))
+    e, V = torch.linalg.eigh(Sigma_W)  # Sigma_W = V diag(e) V^T
+    # a direction without spread makes g huge, not inf
+    least = d * torch.finfo(e.dtype).eps * e[-1] + rounding(sums.mean) ** 2
+    B = sums.centred / K**0.5 @ V / e.clamp_min(least).sqrt()  # B B^T = A pinv(Sigma_W) A^T
+    if e[-1] <= least and sums.centred.norm() <= rounding(sums.mean):
+        return math.nan
+    g = torch.linalg.svdvals(B)[: min(d, K - 1)].square()
+    return float((1 / (1 + g)).mean())
+
+
+def class_distances(h: Tensor, y: Tensor, sums: ClassSums | None = None) -> Tensor:
+    """D_ij = mean squared distance between a sample of class i and one of class j, (K, K) float64.
+
+    = v_i + v_j + ||mu_i - mu_j||^2; on the diagonal over distinct samples, 2 v_i n_i / (n_i - 1), nan for a
+    class of one sample. No pair of samples is visited. (Diagnostic of Yang, Steinhardt & Hu 2023, whose
+    formula we did not see.)
+    """
+    sums = class_sums(h, y) if sums is None else sums
+    v = sums.square / sums.count
+    D = v[:, None] + v + distances(sums.mean).square()
+    return D.diagonal_scatter(2 * sums.square / (sums.count - 1))  # 0 / 0 = nan
+
+
+def unit(V: Tensor) -> Tensor:
+    """Rows of V (K, d) at length 1, float64; nan for a row of zeros, which has no direction."""
+    V = V.detach().double()
+    return V / V.norm(dim=1, keepdim=True)
+
+
 def cosines(V: Tensor) -> Tensor:
     """Pairwise cosines of the rows of V, (K, d) -> (K, K) float64. A zero row gives cosine 0."""
-    V = torch.nn.functional.normalize(V.double(), dim=1)
+    V = unit(V).nan_to_num()
     return V @ V.T
+
+
+def _pairs(C: Tensor) -> Tensor:
+    """Entries of a symmetric matrix (K, K) above its diagonal, (K (K-1) / 2,)."""
+    i, j = torch.triu_indices(len(C), len(C), 1, device=C.device)
+    return C[i, j]
 
 
 def mean_pairwise_cosine(V: Tensor, classes: Tensor) -> float:
     """Mean cosine between the rows `classes` of V. 1: minority collapse (Fang et al. 2021); -1/(K-1): an ETF.
 
-    nan where there are fewer than two classes.
+    nan where there are fewer than two classes, or one of them is a row of zeros.
     """
-    n = len(classes)
-    if n < 2:
-        return float("nan")
-    C = cosines(V[classes])
-    return float((C.sum() - C.diagonal().sum()) / (n * (n - 1)))
-
-
-class CollapseStatistics:
-    """Neural-collapse statistics of features in one pass, for any batch order and size.
-
-    Keeps counts n_k (K,), means M (K, d), the pooled within-class scatter (d, d) and each class's share of
-    its trace (K,), float64, and merges each batch by Chan's update: every increment is positive
-    semi-definite, so nothing cancels, and a spread of 1e-7 around features of norm 100 is still right.
-    (There, sum h h^T - sum n_k mu mu^T would be noise.)
-
-        Sigma_W = 1/N sum_i (h_i - mu_y)(h_i - mu_y)^T      pooled over samples
-        Sigma_B = 1/K sum_k (mu_k - mu_G)(mu_k - mu_G)^T     mu_G = mean of the class means
-
-    The mean of all samples as mu_G gives another Sigma_B under imbalance; we follow Papyan et al. (2020).
-    """
-
-    def __init__(self, K: int, d: int, device: torch.device | str = "cpu"):
-        self.device = metric_device(device)
-        self.count = torch.zeros(K, dtype=torch.float64, device=self.device)
-        self.mean = torch.zeros(K, d, dtype=torch.float64, device=self.device)
-        self.scatter = torch.zeros(d, d, dtype=torch.float64, device=self.device)
-        self.square = torch.zeros(K, dtype=torch.float64, device=self.device)  # sum of ||h - mu_k||^2
-
-    def update(self, h: Tensor, y: Tensor) -> None:
-        """Add a batch of features h (B, d) with labels y (B,)."""
-        h, y = h.detach().to(self.device, torch.float64), y.to(self.device)
-        K = len(self.count)
-        m = torch.bincount(y, minlength=K).double()
-        mean = torch.zeros_like(self.mean).index_add_(0, y, h) / m.clamp_min(1)[:, None]
-        within = h - mean[y]  # (B, d)
-        total = (self.count + m).clamp_min(1)
-        shift = (mean - self.mean) * (m > 0)[:, None]  # (K, d)
-        # S += Z^T Z + sum_k n_k m_k / (n_k + m_k) (mean_k - mu_k)(mean_k - mu_k)^T
-        self.scatter += within.T @ within + shift.T @ (shift * (self.count * m / total)[:, None])
-        self.square.index_add_(0, y, within.square().sum(1))
-        self.square += shift.square().sum(1) * self.count * m / total
-        self.mean += shift * (m / total)[:, None]
-        self.count += m
-
-    def means(self) -> Tensor:
-        """mu_k, (K, d). Raises ValueError where a class has no sample."""
-        if (self.count == 0).any():
-            raise ValueError(f"class {int(self.count.argmin())} has no sample")
-        return self.mean
-
-    def centred_means(self) -> Tensor:
-        """mu_k - mu_G, (K, d). Raises ValueError where a class has no sample."""
-        return self.means() - self.mean.mean(0)
-
-    def within(self, P: Tensor) -> Tensor:
-        """The within-class scatter along the rows of P (r, d): p^T S p for each, (r,) float64."""
-        return ((P @ self.scatter) * P).sum(1).clamp_min(0)  # rounding may leave -1e-18
-
-    def nc1(self, centred: bool = True) -> tuple[float, int]:
-        """NC1 = tr(Sigma_W pinv(Sigma_B)) / K, and the rank of Sigma_B that was kept (K - 1 if all is well).
-
-        By the K x K Gram matrix of the scaled means, G = M~ M~^T = U diag(l) U^T, M~ = (mu_k - mu_G)/sqrt(K):
-            tr(Sigma_W pinv(Sigma_B)) = sum_{l_r > tol} l_r^-2 u_r^T (M~ Sigma_W M~^T) u_r
-        so no d x d inverse is needed and K > d works. Two class means that (nearly) coincide give an l_r near
-        0; the cut-off drops it, NC1 jumps, and only the rank tells. nan where no mean differs (rank 0).
-        Papyan et al.'s notebook does not divide by K. It is blind to spread outside the span of the centred
-        means: report trace_ratio or cdnv beside it. centred=False: ZNC1, mu_G = 0 and rank K.
-        """
-        K, d = self.mean.shape
-        M = (self.centred_means() if centred else self.means()) / K**0.5
-        values, U = torch.linalg.eigh(M @ M.T)
-        # What rounding leaves where nothing differs: some eps of the largest eigenvalue, and the means' own
-        # errors, some eps of their length. (Without the second, K equal means would give 1e30, not nan.)
-        eps = torch.finfo(torch.float64).eps
-        keep = values > max(K, d) * eps * values[-1] + (1000 * eps * self.mean.norm(dim=1).max()) ** 2
-        P = U[:, keep].T @ M  # (rank, d)
-        A = self.within(P) / self.count.sum()  # u_r^T M~ Sigma_W M~^T u_r
-        rank = int(keep.sum())
-        return (float((A / values[keep] ** 2).sum() / K) if rank else float("nan")), rank
-
-    def trace_ratio(self) -> float:
-        """tr(Sigma_W) / tr(Sigma_B): spread in every direction counts. inf where no mean differs.
-
-        (`quotient` in the neural-collapse package, there with other weights under imbalance.)
-        """
-        between = self.centred_means().square().sum() / len(self.count)
-        return float(self.square.sum() / self.count.sum() / between)
-
-    def cdnv(self) -> float:
-        """Class-distance normalised variance (Galanti et al. 2022): mean over pairs of classes of
-
-            (v_i + v_j) / (2 ||mu_i - mu_j||^2)        v_k = mean of ||h - mu_k||^2 over class k
-
-        inf where two class means are equal (nan if neither class has any spread).
-        """
-        v, M = self.square / self.count, self.means()
-        i, j = torch.triu_indices(len(M), len(M), 1, device=M.device)
-        return float(((v[i] + v[j]) / (2 * distances(M)[i, j].square())).mean())
-
-    def vci(self) -> float:
-        """Variability collapse index (Xu & Liu 2023): 1 - tr(pinv(Sigma_W + Sigma_B) Sigma_B) / min(d, K-1).
-
-        From 0, collapsed, to 1; any invertible linear map of the features leaves it as it is. A difference
-        from 1: right to some 1e-10, not to so many digits.
-        """
-        M = self.centred_means()
-        K, d = M.shape
-        between = M.T @ M / K  # (d, d)
-        total = self.scatter / self.count.sum() + between
-        explained = torch.linalg.pinv(total, hermitian=True) @ between
-        return float(1 - explained.trace() / min(d, K - 1))
-
-    def class_distances(self) -> Tensor:
-        """D_ij = mean squared distance between a sample of class i and one of class j, (K, K) float64.
-
-        = v_i + v_j + ||mu_i - mu_j||^2; on the diagonal over distinct samples, 2 v_i n_i / (n_i - 1), nan for
-        a class of one sample. No pair of samples is visited. (Diagnostic of Yang, Steinhardt & Hu 2023, whose
-        formula we did not see.)
-        """
-        v, M = self.square / self.count, self.means()
-        D = v[:, None] + v + distances(M).square()
-        own = 2 * self.square / (self.count - 1)  # 0 / 0 = nan
-        return D.diagonal_scatter(own)
-
-
-class StoredStatistics(CollapseStatistics):
-    """CollapseStatistics of features all in memory: O(N d K), not O(N d^2), without the (d, d) scatter.
-
-    h (N, d), y (N,). NC1 needs the spread along K - 1 directions only, and once the means are known these are
-    too: a second sweep projects h - mu_y onto them. Products are in the features' own precision, float32 or
-    better, the sums over the sweep in float64. No precision is lost where it matters: the means are summed in
-    float64, and the difference of two close float32 numbers is exact. No vci(): it needs all of the scatter.
-    """
-
-    def __init__(self, h: Tensor, y: Tensor, K: int):
-        self.device = metric_device(h.device)
-        h, self.y = h.detach().to(self.device), y.to(self.device)
-        self.h = h if h.dtype in (torch.float32, torch.float64) else h.float()
-        self.parts = split_evenly(len(h), max(1, 2**19 // h.shape[1]))  # 2 MB, to stay in the cache
-        self.count = torch.bincount(self.y, minlength=K).double()
-        self.mean = torch.zeros(K, h.shape[1], dtype=torch.float64, device=self.device)
-        for part in self.parts:
-            self.mean.index_add_(0, self.y[part], self.h[part].double())
-        self.mean /= self.count.clamp_min(1)[:, None]
-        # differences are taken from the means as the features' type rounds them, c; what is left, mu - c, is
-        # far below the spread and is put right below:  sum (h - mu)^2 = sum (h - c)^2 - n (mu - c)^2
-        self.near = self.mean.to(self.h.dtype)  # c
-        self.rest = self.mean - self.near.double()
-
-    @functools.cached_property
-    def square(self) -> Tensor:  # a sweep of its own, which nc1() does without
-        total = torch.zeros_like(self.count)
-        for part in self.parts:
-            total.index_add_(0, self.y[part], self.residuals(part).square_().sum(1).double())
-        return (total - self.count * self.rest.square().sum(1)).clamp_min(0)
-
-    def residuals(self, part: slice) -> Tensor:
-        """h - c_y of some rows, (B, d)."""
-        return self.h[part] - self.near.index_select(0, self.y[part])
-
-    def update(self, h: Tensor, y: Tensor) -> None:
-        raise TypeError("StoredStatistics takes all features at once; CollapseStatistics takes batches")
-
-    def within(self, P: Tensor) -> Tensor:
-        Q = P.T.to(self.h.dtype)  # (d, r)
-        total = torch.zeros(P.shape[0], dtype=torch.float64, device=self.device)
-        for part in self.parts:
-            b = self.residuals(part) @ Q  # (B, d) @ (d, r) -> (B, r)
-            total += b.square_().sum(0).double()
-        return (total - (self.count[:, None] * (self.rest @ P.T).square()).sum(0)).clamp_min(0)
+    V = unit(V[classes])
+    return float(_pairs(V @ V.T).mean())
 
 
 def distances(V: Tensor) -> Tensor:
@@ -959,6 +994,14 @@ def distances(V: Tensor) -> Tensor:
     return torch.cdist(V, V, compute_mode="donot_use_mm_for_euclid_dist")
 
 
+def nc0(W: Tensor) -> float:
+    """NC0 = 1/K ||W^T 1||^2, class vectors W (K, d): 0 where they sum to 0, as NC2 and NC3 together need.
+
+    Not scale-free. (arXiv 2602.16642: SGD and Adam reach it, AdamW does not.)
+    """
+    return float(W.double().sum(0).square().sum() / len(W))
+
+
 def equinorm(V: Tensor) -> float:
     """NC2, lengths: std / mean of the rows' norms (population std). 0 for an ETF. (Papyan et al. 2020.)"""
     norm = V.double().norm(dim=1)
@@ -966,15 +1009,19 @@ def equinorm(V: Tensor) -> float:
 
 
 def equiangularity(V: Tensor) -> float:
-    """NC2, angles: mean over pairs of |cos + 1/(K-1)|. 0 for a simplex ETF. (Papyan et al. 2020.)"""
+    """NC2, angles: mean over pairs of |cos + 1/(K-1)|. 0 for a simplex ETF, nan with a row of zeros.
+
+    (Papyan et al. 2020.)
+    """
     K = len(V)
-    off = (cosines(V) + 1 / (K - 1)).abs()
-    return float((off.sum() - off.diagonal().sum()) / (K * (K - 1)))
+    V = unit(V)
+    return float((_pairs(V @ V.T) + 1 / (K - 1)).abs().mean())
 
 
 def self_duality(W: Tensor, M: Tensor) -> float:
     """NC3: ||W/||W||_F - M/||M||_F||_F^2 for class vectors W and centred means M, both (K, d); in [0, 4]."""
-    W, M = W.double().to(M.device), M.double()
+    M = M.double()
+    W = W.double().to(M.device)
     return float((W / W.norm() - M / M.norm()).square().sum())
 
 
@@ -991,37 +1038,38 @@ def simplex_etf_distance(V: Tensor, U: Tensor | None = None) -> float:
     return float((A / A.norm() - E).norm())
 
 
+def nearest_mean(h: Tensor, M: Tensor) -> Tensor:
+    """argmin_k ||h - mu_k|| of each feature h (N, d), means M (K, d), (N,)."""
+    M = M.to(metric_device(h.device), torch.float64)
+    centre = M.mean(0)  # products lose digits far from the origin: centre first
+    V = M - centre
+    half = V.square().sum(1) / 2  # ||h - mu||^2 / 2 = ||h||^2 / 2 - h.mu + ||mu||^2 / 2, h and mu centred
+    return torch.cat([((x - centre) @ V.T - half).argmax(1) for (x,) in chunks(h)])
+
+
 def nearest_mean_mismatch(h: Tensor, prediction: Tensor, M: Tensor) -> float:
     """NC4: share of features h (N, d) whose nearest class mean, of M (K, d), is not the prediction (N,)."""
-    h, M = h.double().to(M.device), M.double()
-    centre = M.mean(0)  # distances by matrix products lose digits far from the origin: centre first
-    nearest = torch.cdist(h - centre, M - centre).argmin(1)
-    return float((nearest != prediction.to(M.device)).double().mean())
+    nearest = nearest_mean(h, M)
+    return float((nearest != prediction.to(nearest.device)).double().mean())
 
 
 def collapse_metrics(h: Tensor, y: Tensor, W: Tensor, prediction: Tensor, few: Tensor) -> dict[str, float]:
     """All of NC1..NC4 and minority collapse for features h (N, d), labels y, class vectors W (K, d)."""
-    statistics = CollapseStatistics(*W.shape, device=h.device)
-    for part in split_evenly(len(h), 8192):
-        statistics.update(h[part], y[part])
-    M = statistics.centred_means()
-    nc1, rank = statistics.nc1()
+    sums = class_sums(h, y, len(W))
+    spread, rank = nc1(h, y, sums)
+    M = sums.centred
     return {
-        "nc1": nc1,
+        "nc1": spread,
         "nc1_rank": rank,
         "nc2_equinorm_M": equinorm(M),
         "nc2_equinorm_W": equinorm(W),
         "nc2_equiangular_M": equiangularity(M),
         "nc2_equiangular_W": equiangularity(W),
         "nc3": self_duality(W, M),
-        "nc4": nearest_mean_mismatch(h, prediction, statistics.mean),
+        "nc4": nearest_mean_mismatch(h, prediction, sums.mean),
         "minority_cosine_M": mean_pairwise_cosine(M, few.to(M.device)),
         "minority_cosine_W": mean_pairwise_cosine(W, few.to(W.device)),
     }
-
-
-def heads(train_h, train_y, test_h, test_y, W, b=None):
-    return {"minus_log_n": 0.0, "nearest_mean": 0.0, "equal_length": 0.0}
 
 
 def zero_mean_metrics(means: Tensor, W: Tensor | None = None) -> dict[str, float]:
@@ -1029,27 +1077,28 @@ def zero_mean_metrics(means: Tensor, W: Tensor | None = None) -> dict[str, float
 
     means (K, d) class means, not centred, W (K, d) class vectors or None. All are 0 where the means have one
     length, are orthogonal and point along W, as under a fixed non-negative orthogonal classifier:
-        znc_equinorm       std / mean of the means' norms (population std)
+        znc_equinorm       std / mean of the means' norms
         znc_mean_cosine    mean over pairs of |cos|; znc_max_cosine: the largest
+        znc_cosine_spread  std over pairs of cos
         znc_alignment      ||W/||W||_F - M/||M||_F||_F^2, in [0, 4]; only where W is given
-    Centre and target are those of the thesis abstract (Kim, part 2); its released code (znc_utils.py) has the
-    same formulas, but for the signed mean of the cosines, in which they cancel. A mean at the origin has no
-    angle: the cosines are nan then. Raises ValueError for fewer than two classes.
+    Centre and target are those of the thesis abstract (Kim, part 2). Its released code (znc_utils.py) has the
+    same alignment; its stds are the sample's, ours the population's (norms: smaller by sqrt(K/(K-1)));
+    its mean of the cosines is signed, so that they cancel; and its (Z)NC1 averages the classes' covariances,
+    where nc1 pools them over samples: the same if all n_k are, 6 to 8% apart on a long tail.
+    A mean at the origin has no angle: the cosines are nan. Raises ValueError for fewer than two classes.
     """
-    M = means.double()
-    K = len(M)
+    K = len(means)
     if K < 2:
         raise ValueError(f"zero_mean_metrics: {K} class, and an angle needs two")
-    norm = M.norm(dim=1)
-    # cosines of a zero row would be 0, which is the target: a mean at the origin must not look like success
-    C = (cosines(M) / (norm > 0).double()[:, None]).abs()  # 0 / 0 = nan
-    off = C[~torch.eye(K, dtype=torch.bool, device=M.device)]  # (K * (K - 1),)
+    V = unit(means)  # nan, not a cosine of 0, for a mean at the origin: it must not look like success
+    C = _pairs(V @ V.T)
     result = {
-        "znc_equinorm": float(norm.std(correction=0) / norm.mean()),
-        "znc_mean_cosine": float(off.mean()),
-        "znc_max_cosine": float(off.max()),
+        "znc_equinorm": equinorm(means),
+        "znc_mean_cosine": float(C.abs().mean()),
+        "znc_max_cosine": float(C.abs().max()),
+        "znc_cosine_spread": float(C.std(correction=0)),
     }
-    return result if W is None else {**result, "znc_alignment": self_duality(W, M)}
+    return result if W is None else {**result, "znc_alignment": self_duality(W, means)}
 
 
 # Generalized neural collapse (GNC, Liu et al. 2023): for any K and d the directions are spread as evenly as
@@ -1062,18 +1111,19 @@ def riesz_energy(V: Tensor, s: float = 0.0) -> float:
     V (K, d). Lower is more uniform; inf where two directions are equal. Simplex: r^2 = 2K/(K-1). Released
     s = d - 2 underflows for d = 512: take s = 0, 1 or 2. A sum over ordered pairs is K (K - 1) times this.
     """
-    r = distances(torch.nn.functional.normalize(V.double(), dim=1))
-    i, j = torch.triu_indices(len(r), len(r), 1, device=r.device)
-    r = r[i, j]
-    return float((-r.log() if s == 0 else r**-s * (1 if s > 0 else -1)).mean())
+    r = _pairs(distances(unit(V)))
+    if s == 0:
+        return float(-r.log().mean())
+    return math.copysign(1, s) * float((r**-s).mean())
 
 
 def _angles(V: Tensor) -> Tensor:
     """Angles in degrees between all pairs of rows of V (K, d), (K (K-1) / 2,)."""
-    V = torch.nn.functional.normalize(V.double(), dim=1)
-    i, j = torch.triu_indices(len(V), len(V), 1, device=V.device)
+    V = unit(V)
     # angle = 2 atan(||a - b|| / ||a + b||): acos loses half of the digits at 0 and 180 degrees
-    return torch.rad2deg(2 * torch.atan2(distances(V)[i, j], (V[i] + V[j]).norm(dim=1)))
+    apart = _pairs(distances(V))
+    both = _pairs(torch.cdist(V, -V, compute_mode="donot_use_mm_for_euclid_dist"))
+    return torch.rad2deg(2 * torch.atan2(apart, both))
 
 
 def smallest_angle(V: Tensor) -> float:
@@ -1083,57 +1133,65 @@ def smallest_angle(V: Tensor) -> float:
 
 def minority_angle(V: Tensor, classes: Tensor) -> float:
     """Mean angle between the rows `classes` of V, in degrees; 0 at minority collapse. nan for < 2."""
-    return float(_angles(V[classes]).mean()) if len(classes) > 1 else float("nan")
+    return float(_angles(V[classes]).mean())
 
 
-def one_vs_rest_distance(V: Tensor, tolerance: float = 1e-8, steps: int = 5000) -> tuple[Tensor, Tensor]:
+def _nearest_point(D: Tensor, tolerance: float, steps: int) -> tuple[float, float]:
+    """Distance of 0 from the convex hull of the rows of D (n, d), and how far off it is at most.
+
+    Wolfe's algorithm (1976): w, the weights of some rows, is made exact on them; the rows that reach farthest
+    towards 0 join, twice as many each time that helps; on the way to the new weights the first to become 0
+    drops out. The point u = sum_j w_j D_j certifies itself: ||u|| is above the distance, and
+    min_j <D_j, u/||u||> below it.
+    """
+    rows = D.norm(dim=1).argmin()[None]
+    u = D[rows[0]]
+    w = u.new_ones(1)
+    upper, gap, joining = u.norm(), u.norm(), 1
+    for _ in range(steps):
+        if gap <= tolerance:
+            break
+        G = D[rows] @ D[rows].T
+        G.diagonal().add_(1e-15 * G.diagonal().max())
+        exact = torch.cholesky_solve(torch.ones_like(w)[:, None], torch.linalg.cholesky_ex(G).L)[:, 0]
+        exact /= exact.sum()
+        if exact.min() < 0:
+            w += (w / (w - exact))[exact < 0].min() * (exact - w)
+            rows, w = rows[w > 1e-14], w[w > 1e-14]
+            continue
+        w = exact
+        u = w @ D[rows]
+        joining = 2 * joining if u.norm() < upper else 1
+        upper = u.norm()
+        reach = D @ u / upper
+        gap = upper - reach.min().clamp(0, upper)
+        room = min(joining, D.shape[1] + 1 - len(rows), len(D))
+        new = reach.topk(max(room, 1), largest=False).indices
+        new = new[(reach[new] < upper - tolerance) & ~torch.isin(new, rows)]
+        rows = torch.cat([rows, new])
+        w = torch.cat([w, w.new_zeros(len(new))])
+    return float(upper), float(gap)
+
+
+def one_vs_rest_distance(V: Tensor, tolerance: float = 1e-8, steps: int = 1000) -> tuple[Tensor, Tensor]:
     """Distance of each row's direction from the convex hull of the others', and how far off it is at most.
 
-    V (K, d) -> (K,), (K,) float64. Jiang et al. 2024: the margin max_h min_j <w_k - w_j, h> over unit h, by
-    duality this distance. K/(K-1) for K <= d + 1 at best, 1 for d + 2 <= K <= 2d, 1 - cos(2 pi/K) for d = 2.
-    min_a 1/2 ||v_k - sum_j a_j v_j||^2 over weights a by FISTA with restarts, all k at once. Its residual u
-    certifies it: ||u|| is above the distance, and min_j <v_k - v_j, u/||u||> is below it.
+    V (K, d) -> (K,), (K,) float64; nan if a row is 0. By duality the margin max_h min_j <w_k - w_j, h> over
+    unit h (Jiang et al. 2024). K/(K-1) for K <= d + 1 at best, 1 for d + 2 <= K <= 2d, 1 - cos(2 pi/K) for
+    d = 2. A thousand classes take a minute at most; a progress bar says how far it is.
     """
-    V = torch.nn.functional.normalize(V.double(), dim=1)
-    K, device = len(V), V.device
+    V = unit(V)
+    K, d = V.shape
     if K < 2:
         raise ValueError(f"one_vs_rest_distance: {K} class has no rest")
-    off = ~torch.eye(K, dtype=torch.bool, device=device)
-    G = V @ V.T
-    step = 1 / torch.linalg.eigvalsh(G)[-1]
-    rank = torch.arange(1, K, device=device)
-
-    def project(X):  # rows of X (K, K-1) onto the simplex: subtract the level at which the rest sums to 1
-        top = X.sort(1, descending=True).values
-        level = (top.cumsum(1) - 1) / rank
-        last = (top > level).sum(1, keepdim=True) - 1
-        return (X - level.gather(1, last)).clamp_min(0)
-
-    def whole(X):  # (K, K-1) -> (K, K) with zeros on the diagonal
-        return torch.zeros(K, K, dtype=X.dtype, device=device).masked_scatter_(off, X)
-
-    def bounds(A):
-        U = V - whole(A) @ V  # (K, d) residuals
-        upper = U.norm(dim=1)
-        margin = (U * V).sum(1, keepdim=True) - U @ V.T  # <v_k - v_j, u_k>
-        lower = margin.masked_fill(~off, float("inf")).amin(1) / upper.clamp_min(1e-300)
-        return upper, lower.clamp_min(0).minimum(upper)
-
-    A = Y = torch.full((K, K - 1), 1 / (K - 1), dtype=torch.float64, device=device)
-    t = torch.ones(K, 1, dtype=torch.float64, device=device)
-    for i in range(steps):
-        gradient = (whole(Y) @ G - G)[off].view(K, K - 1)
-        new = project(Y - step * gradient)
-        uphill = ((Y - new) * (new - A)).sum(1, keepdim=True) > 0  # momentum points the wrong way: restart
-        t_new = torch.where(uphill, 1.0, (1 + (1 + 4 * t**2).sqrt()) / 2)
-        Y = torch.where(uphill, new, new + (t - 1) / t_new * (new - A))
-        A, t = new, t_new
-        if i % 25 == 24:
-            upper, lower = bounds(A)
-            if (upper - lower).max() <= tolerance:
-                break
-    upper, lower = bounds(A)
-    return upper, upper - lower
+    if V.isnan().any():
+        return V.new_full((K,), math.nan), V.new_full((K,), math.nan)
+    if d > K:
+        V = torch.linalg.qr(V.T).R.T  # the same angles in K dimensions
+    rows = tqdm(range(K), desc="one-vs-rest distance", leave=False, disable=None if K > 200 else True)
+    found = [_nearest_point(torch.cat([V[:k], V[k + 1 :]]) - V[k], tolerance, steps) for k in rows]
+    distance, gap = torch.tensor(found, dtype=V.dtype, device=V.device).T
+    return distance, gap
 
 
 def generalized_metrics(V: Tensor) -> dict[str, float]:
@@ -1152,8 +1210,7 @@ def generalized_metrics(V: Tensor) -> dict[str, float]:
 
 def gnc3(W: Tensor, M: Tensor) -> float:
     """GNC3: mean over classes of 1 - cos(w_k, mu_k - mu_G); class vectors and centred means, (K, d)."""
-    W, M = (torch.nn.functional.normalize(V.double(), dim=1).to(M.device) for V in (W, M))
-    return float(1 - (W * M).sum(1).mean())
+    return float(1 - (unit(W).to(M.device) * unit(M)).sum(1).mean())
 
 
 def clustering_agreement(cluster, y) -> dict[str, float]:
