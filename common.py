@@ -1845,7 +1845,7 @@ def _clear(folder: Path) -> None:
 def _check_same(run: Run, flags: dict, data: Dataset) -> None:
     before = run.config.get("flags", {})
     for flag in sorted(before.keys() | flags.keys()):
-        if before.get(flag) != flags.get(flag):
+        if to_json(before.get(flag)) != to_json(flags.get(flag)):  # null is read as nan, and nan is not nan
             changed = f"--{flag.replace('_', '-')} {before.get(flag)}, not {flags.get(flag)}"
             raise UserError(f"{run.folder}: was run with {changed}; --overwrite it or choose another --out")
     if run.config.get("data") != data.fingerprint:
