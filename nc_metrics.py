@@ -14,29 +14,25 @@ mu_k, and the means spread out evenly around their own mean mu_G:
     NC2  cos(mu_i - mu_G, mu_j - mu_G) -> -1/(K-1), all of one length: a simplex equiangular tight frame (ETF)
     NC3  w_k -> c (mu_k - mu_G)                 the classifier's vectors copy the means
     NC4  argmax_k w_k . h + b_k = argmin_k ||h - mu_k||
+    NC0  1/K ||sum_k w_k||^2 -> 0               what NC2 and NC3 together need
 All of it is about the labels, and suggests that nothing but the label is left in h.
 
 WHAT IT HIDES. pinv(Sigma_B) sees the K-1 directions between the class means and no other. Spread that lies
-across them costs NC1 nothing: two sub-clusters in every class, and NC1 = 0 (--synthetic, 3). So we put the
-trace ratio and CDNV beside it. And collapse is never complete: train on coarse labels (CIFAR-10's ten classes
-in five pairs), cluster the features inside each coarse class, and the fine labels come back.
+across them costs NC1 nothing: two sub-clusters in every class, and NC1 = 0 (--synthetic). So we put the trace
+ratio and CDNV beside it. And collapse is never complete: train on coarse labels (CIFAR-10's ten classes in
+five pairs), cluster the features inside each coarse class, and the fine labels come back.
 
     python nc_metrics.py                                        digits, past zero error; a minute on two cores
-    python nc_metrics.py --coarse pairs                         train on pairs of digits, recover the ten
-    python nc_metrics.py --run runs/bmls_msclf/digitslt/ce/seed0      measure what another script has learnt
+    python nc_metrics.py --synthetic                            each claim above against its closed form
+    python nc_metrics.py --run runs/bmls_msclf/digitslt/ce/seed0      measure what another script has trained
     python nc_metrics.py --features features.npz --json               or any file of features
-    python nc_metrics.py --synthetic                            each metric against its closed form
-    python nc_metrics.py --dataset cifar10 --coarse pairs --net resnet18 --grid       the published setting
+    python nc_metrics.py --dataset cifar10 --coarse pairs --net cnn --per-class 1000 --epochs 50 --lr 0.05
+    python nc_metrics.py --dataset mnist --optimizer adamw      SGD and Adam collapse, AdamW does not
 
 FEATURES OF ANY FRAMEWORK: an npz file with the arrays
     train_h (N, d) float, train_y (N,) integers 0..K-1; and if there are any: test_h, test_y (the same),
     W (K, d) class vectors, b (K,) biases: logits h W^T + b. Without W all that needs it is left out.
     np.savez("features.npz", train_h=h, train_y=y)
-
-WHAT TO EXPECT. Digits reach zero training error in epoch 5; after 100 epochs NC1 is 0.041 (0.085 on test),
-the trace ratio 0.12, CDNV 0.053, NC3 0.18, and NC4 0: collapse is under way, not complete. CIFAR-10 in five
-pairs, a small CNN, 10,000 images, 29 epochs past zero error: 86% of the fine training labels are recovered
-(untrained network 72%, chance 51%; published with ResNet-18 and all images 93%): results/nc_metrics.md.
 
 WHICH CONVENTION. Papers and code disagree; each metric's docstring in common.py names its own.
 - NC1: trace of Sigma_W pinv(Sigma_B), divided by K. Papyan et al.'s notebook does not divide. Sigma_W is
@@ -52,114 +48,46 @@ WHAT THE SOURCES LEAVE OPEN. Pairing class k with k + K/2, the matrix of mean sq
 inside each coarse class and naming the clusters by the best permutation are reconstructed. How features are
 prepared before k-means decides what is found, and what was published we do not know: unit length is our
 default, raw, whitened and t-SNE stand beside it (--cluster). Augmentation is off, as in the literature on
-neural collapse; --augment turns it on.
+neural collapse; --augment turns it on. On 8 x 8 digits an untrained network shows the pairs as well as a
+trained one, so that nothing follows from them: take real images, and read the untrained column.
 """
 
-import argparse
-import json
+# %% [1] The method: measure, then look for what the measures miss. This cell runs alone in a notebook
 import math
-import shlex
-import sys
-import time
 import warnings
-from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-import torchvision
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
-from scipy.special import digamma
-from torch import Tensor, nn
-from tqdm import tqdm
-
-from common import (
-    SPECS,
-    Batches,
-    CollapseStatistics,
-    Dataset,
-    Run,
-    StoredStatistics,
-    TrainingStep,
-    UserError,
-    clustering_agreement,
-    coarse_labels,
-    cosines,
-    equiangularity,
-    equinorm,
-    generalized_metrics,
-    gnc3,
-    hardware,
-    load_dataset,
-    mean_std,
-    metric_device,
-    minority_angle,
-    nearest_mean_mismatch,
-    one_vs_rest_distance,
-    pick_device,
-    pick_precision,
-    riesz_energy,
-    run_side_by_side,
-    self_duality,
-    simplex_etf_distance,
-    split_evenly,
-    table,
-    write_atomically,
-    zero_mean_metrics,
-)
-
-# %% [1] The method: measure, then look for what the measures miss
+from torch import Tensor
 
 
-def measure(h: Tensor, y: Tensor, K: int, W=None, b=None, means=None) -> dict[str, float]:
-    """NC1..NC4 of one split: features h (N, d), labels y (N,), class vectors W (K, d), biases b (K,) or None.
+def neural_collapse(h: Tensor, W: Tensor, y: Tensor, b: Tensor | None = None) -> dict[str, float]:
+    """NC0 to NC4 as in a textbook; 0 is full collapse.
 
-    means (K, d): the class means that NC4 decides by, the training split's; this split's own by default.
-    Raises ValueError for a class without samples.
+    Features h (N, d), class vectors W (K, d), labels y (N,), biases b (K,). O(N d^2). Everything else in this
+    file takes the same quantities from common.py, which needs no d x d matrix.
     """
-    S = StoredStatistics(h, y, K)
-    M = S.centred_means()  # (K, d)
-    nc1, rank = S.nc1()
-    result = {
-        "nc1": nc1,
-        "nc1_rank": rank,
-        "trace_ratio": S.trace_ratio(),
-        "cdnv": S.cdnv(),
-        "nc2_equinorm_M": equinorm(M),
-        "nc2_equiangular_M": equiangularity(M),
-        "nc2_etf_M": simplex_etf_distance(M),
+    h, W = h.double(), W.double()
+    N, K = len(h), len(W)
+    M = torch.stack([h[y == k].mean(0) for k in range(K)])  # (K, d) mu_k
+    Z = h - M[y]  # (N, d) each feature less its class's mean
+    C = M - M.mean(0)  # (K, d) mu_k - mu_G
+    Sigma_W = Z.T @ Z / N
+    Sigma_B = C.T @ C / K
+    length = C.norm(dim=1)
+    cosine = C @ C.T / length / length[:, None]
+    off_diagonal = ~torch.eye(K, dtype=torch.bool)
+    decision = (h @ W.T + (0 if b is None else b)).argmax(1)
+    nearest = torch.cdist(h, M).argmin(1)
+    measured = {
+        "nc0": W.sum(0).square().sum() / K,
+        "nc1": torch.trace(Sigma_W @ torch.linalg.pinv(Sigma_B, hermitian=True)) / K,
+        "nc2_equinorm_M": length.std(correction=0) / length.mean(),
+        "nc2_equiangular_M": (cosine + 1 / (K - 1)).abs()[off_diagonal].mean(),
+        "nc3": (W / W.norm() - C / C.norm()).square().sum(),
+        "nc4": (decision != nearest).double().mean(),
     }
-    if W is not None:
-        z = h.double() @ W.double().T + (0 if b is None else b.double())  # (N, d) @ (d, K) -> (N, K)
-        result |= {
-            "nc2_equinorm_W": equinorm(W),
-            "nc2_equiangular_W": equiangularity(W),
-            "nc2_etf_W": simplex_etf_distance(W),
-            "nc3": self_duality(W, M),
-            "nc3_etf": simplex_etf_distance(W, M),
-            "nc4": nearest_mean_mismatch(h, z.argmax(1), S.mean if means is None else means),
-        }
-    return result
-
-
-def measure_everything(h: Tensor, y: Tensor, K: int, W=None, b=None, means=None) -> dict[str, float]:
-    """measure, and all that costs more: VCI, zero-mean and generalized neural collapse, minority angle."""
-    S = CollapseStatistics(K, h.shape[1], h.device)
-    for part in split_evenly(len(h), 8192):
-        S.update(h[part], y[part])
-    M = S.centred_means()
-    few = torch.argsort(S.count, stable=True)[: max(2, K // 3)]  # the smallest third of the classes
-    result = measure(h, y, K, W, b, means) | {"vci": S.vci()}
-    result |= {"znc1": S.nc1(centred=False)[0], **zero_mean_metrics(S.mean, W)}
-    result |= {"gnc1": StoredStatistics(F.normalize(h, dim=1), y, K).nc1()[0]}
-    result |= {f"{key}_M": value for key, value in generalized_metrics(M).items()}
-    result |= {"minority_angle_M": minority_angle(M, few)}
-    if W is not None:
-        result |= {f"{key}_W": value for key, value in generalized_metrics(W).items()}
-        result |= {"gnc3": gnc3(W, M), "minority_angle_W": minority_angle(W, few.to(W.device))}
-    return result
+    return {name: float(value) for name, value in measured.items()}
 
 
 CLUSTERINGS = ("l2", "raw", "whiten", "tsne")
@@ -180,20 +108,23 @@ def prepare(h: np.ndarray, how: str, seed: int) -> np.ndarray:
         from sklearn.decomposition import PCA
 
         return PCA(min(5, *h.shape), whiten=True, svd_solver="full").fit_transform(h)
-    h = h / np.maximum(np.linalg.norm(h, axis=1, keepdims=True), 1e-12)
-    if how == "tsne":
+    length = np.linalg.norm(h, axis=1, keepdims=True)
+    h = h / np.where(length > 0, length, 1)
+    if how == "tsne" and np.ptp(h, axis=0).max() > 1e-6:  # equal rows would crash it
         from sklearn.manifold import TSNE
 
         return TSNE(init="pca", perplexity=min(30, (len(h) - 1) / 3), random_state=seed).fit_transform(h)
     return h
 
 
-def recover_labels(h: np.ndarray, coarse_y: np.ndarray, fine_y: np.ndarray, how: str, seed: int) -> tuple:
-    """Cluster inside each coarse class into as many clusters as it has fine classes, and name the clusters.
+def recover_labels(
+    h: np.ndarray, coarse_y: np.ndarray, fine_y: np.ndarray, how: str, seed: int
+) -> np.ndarray:
+    """Fine labels reconstructed from features of a network that saw only coarse ones, (N,).
 
-    h (N, d), coarse_y and fine_y (N,) -> reconstructed fine labels (N,), and their clustering_agreement with
-    the true ones. Only the clusters' names use the truth: the best one-to-one assignment to the fine classes
-    of their coarse class. So two classes at random get a little more than half right.
+    h (N, d), coarse_y and fine_y (N,). Clusters inside each coarse class, into as many clusters as it has
+    fine classes, and names the clusters. Only their names use the truth: the best one-to-one assignment to
+    the fine classes of their coarse class. So two classes at random get a little more than half right.
     """
     from scipy.optimize import linear_sum_assignment
     from sklearn.cluster import KMeans
@@ -210,7 +141,7 @@ def recover_labels(h: np.ndarray, coarse_y: np.ndarray, fine_y: np.ndarray, how:
         overlap = np.array([[(y == f).sum() for f in fine] for y in truth])
         _, name = linear_sum_assignment(overlap, maximize=True)
         found[rows] = fine[name][cluster]
-    return found, clustering_agreement(found, fine_y)
+    return found
 
 
 def probe_accuracy(h: np.ndarray, y: np.ndarray, test_h: np.ndarray, test_y: np.ndarray) -> float:
@@ -225,19 +156,11 @@ def probe_accuracy(h: np.ndarray, y: np.ndarray, test_h: np.ndarray, test_y: np.
         return float(probe.fit(h, y).score(test_h, test_y))
 
 
-class Fine(NamedTuple):
-    """The labels that a network trained on coarse ones never saw."""
-
-    train_y: Tensor
-    test_y: Tensor
-    classes: tuple[str, ...]
-    coarse: Tensor  # (K,): the coarse class of each fine one
-
-
 def distance_ratios(D: Tensor, coarse: Tensor) -> tuple[float, float]:
     """Mean of D_ij over sisters (two fine classes of one coarse class) and over others, over that of D_ii.
 
-    1: no farther apart than two samples of one fine class; what NC1 -> 0 would have us believe of sisters.
+    D (K, K) mean squared distances between fine classes, coarse (K,) their coarse class. 1: no farther apart
+    than two samples of one fine class; what NC1 -> 0 would have us believe of sisters.
     """
     sisters = (coarse[:, None] == coarse).to(D.device)
     own = torch.eye(len(D), dtype=torch.bool, device=D.device)
@@ -245,67 +168,74 @@ def distance_ratios(D: Tensor, coarse: Tensor) -> tuple[float, float]:
     return float(D[sisters & ~own].mean() / within), float(D[~sisters].mean() / within)
 
 
-def fine_structure(h: Tensor, test_h: Tensor, fine: Fine, clusterings: list[str], seed: int) -> dict:
-    """What of the fine labels is in features h (N, d) of a network trained on coarse ones.
+# %% Imports of the other cells
+import argparse
+import re
+from pathlib import Path
+from typing import NamedTuple
 
-    For each clustering: agreement, and a linear probe trained on the reconstructed labels, scored on the true
-    test labels; beside it a probe trained on the true ones, with the same features.
-    """
-    coarse_y = fine.coarse[fine.train_y]
-    D = StoredStatistics(h, fine.train_y.to(h.device), len(fine.classes)).class_distances()
-    sister, other = distance_ratios(D, fine.coarse)
-    arrays = [t.cpu().numpy() for t in (h, fine.train_y, test_h, fine.test_y, coarse_y)]
-    h, y, test_h, test_y, coarse_y = arrays
-    result = {"sister_ratio": sister, "other_ratio": other, "class_distances": D.tolist()}
-    result["oracle_probe"] = probe_accuracy(h, y, test_h, test_y)
-    for how in clusterings:
-        found, agreement = recover_labels(h, coarse_y, y, how, seed)
-        result[how] = agreement | {"probe": probe_accuracy(h, found, test_h, test_y)}
-    return result
+import torch.nn.functional as F
+import torchvision
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
+from torch import nn
 
+from common import (
+    Arguments,
+    Batches,
+    Claims,
+    Dataset,
+    Run,
+    UserError,
+    a_path,
+    at_least,
+    cdnv,
+    class_distances,
+    class_means,
+    class_sums,
+    clustering_agreement,
+    coarse_labels,
+    command_line,
+    cosines,
+    curves,
+    equiangularity,
+    equinorm,
+    generalized_metrics,
+    gnc3,
+    heat_maps,
+    keep_per_class,
+    logits,
+    mean_std,
+    metric_device,
+    minimise,
+    minority_angle,
+    nc0,
+    nc1,
+    nearest_mean_mismatch,
+    one_vs_rest_distance,
+    open_run,
+    pick_device,
+    prepare_data,
+    save_figure,
+    self_duality,
+    simplex_etf_distance,
+    split_name,
+    styles,
+    table,
+    to_json,
+    trace_ratio,
+    unit,
+    vci,
+    zero_mean_metrics,
+)
 
 # %% [2] Theory check: configurations whose metrics are known exactly
 
 
-# [copied: simplex_etf]
-def simplex_etf(K: int, d: int, generator: torch.Generator | None = None) -> Tensor:
-    """Class vectors of a random simplex ETF: (K, d) float64, unit rows, every pairwise cosine -1/(K-1).
-
-    K unit vectors at equal angles span K - 1 dimensions. Raises UserError for d < K - 1 (none exists).
-    """
-    if K < 2 or d < K - 1:
-        raise UserError(
-            f"--classifier etf: {K} classes need {max(K - 1, 1)} feature dimensions, the network has {d}"
-        )
-    # the centred basis sqrt(K/(K-1)) (I - 11^T/K) in K - 1 coordinates, then a random rotation into d
-    centred = torch.eye(K, dtype=torch.float64) - 1 / K
-    U = torch.linalg.svd(centred).U[:, : K - 1]  # (K, K-1), rows of squared norm (K-1)/K
-    Q = torch.linalg.qr(torch.randn(d, K - 1, generator=generator, dtype=torch.float64)).Q  # (d, K-1)
-    return math.sqrt(K / (K - 1)) * U @ Q.T
-
-
-# [end copied]
-
-
-# [copied: minimise]
-def minimise(loss, *start: Tensor, steps: int = 200) -> list[Tensor]:
-    """Full-batch L-BFGS with a strong Wolfe line search. `start` tensors in, their optimal values out."""
-    x = [s.clone().requires_grad_() for s in start]
-    # stop on the gradient alone: near a threshold the loss is flat long before the cosine is right
-    limits = {"max_iter": steps, "history_size": 20, "tolerance_grad": 1e-9, "tolerance_change": 0}
-    optimizer = torch.optim.LBFGS(x, line_search_fn="strong_wolfe", **limits)
-
-    def closure():
-        optimizer.zero_grad()
-        value = loss(*x)
-        value.backward()
-        return value
-
-    optimizer.step(closure)
-    return [v.detach() for v in x]
-
-
-# [end copied]
+def simplex(K: int, d: int) -> Tensor:
+    """A simplex ETF, (K, d) float64 for d >= K: unit rows, every pairwise cosine -1/(K-1)."""
+    corners = (torch.eye(K, dtype=torch.float64) - 1 / K) * math.sqrt(K / (K - 1))
+    return F.pad(corners, (0, d - K))
 
 
 def around(means: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
@@ -319,12 +249,26 @@ def around(means: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
     return h, torch.arange(K).repeat_interleave(2 * d)
 
 
-def mixture(depth: int, steps: int, seed: int, width: int = 256) -> list[dict]:
-    """Four Gaussian clusters in two classes, learnt by a ReLU network of `depth` hidden layers.
+def layer_peeled(K: int, n: int, reg: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Optimal features H (K n, d), class vectors W (K, d) and labels where every sample's feature is free."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(K).repeat_interleave(n)
+    W, H = (torch.randn(rows, 16, generator=generator, dtype=torch.float64) for rows in (K, K * n))
 
-    d = 64, orthogonal cluster means of norm 3, sigma = 0.5, 250 samples each; cluster k has label k mod 2.
-    SGD 0.1, momentum 0.9, weight decay 5e-4, batches of 128. Yang et al. prove a theorem in a setting of this
-    kind, which we did not see. Returns NC1 and the purity of k-means in the classes, four times on the way.
+    def loss(W: Tensor, H: Tensor) -> Tensor:
+        # L = 1/N sum_i CE(W h_i) + lam/2 ||W||^2 + lam/2 1/N sum_i ||h_i||^2
+        return F.cross_entropy(H @ W.T, y) + reg / 2 * (W.square().sum() + H.square().sum() / len(y))
+
+    W, H = minimise(loss, W, H, steps=1500)
+    return H, W, y
+
+
+def mixture(depth: int, steps: int, seed: int, width: int = 256) -> list[dict]:
+    """NC1 and purity of k-means four times on the way, where a ReLU network learns clusters in two classes.
+
+    Four Gaussian clusters in d = 64: orthogonal means of norm 3, sigma = 0.5, 250 samples each; cluster k has
+    label k mod 2. `depth` hidden layers. SGD 0.1, momentum 0.9, weight decay 5e-4, batches of 128. Yang et
+    al. prove a theorem in a setting of this kind, which we did not see.
     """
     generator = torch.Generator().manual_seed(seed)
     fine = torch.arange(4).repeat_interleave(250)
@@ -333,189 +277,131 @@ def mixture(depth: int, steps: int, seed: int, width: int = 256) -> list[dict]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         layers = [layer for i in range(depth) for layer in (nn.Linear(width if i else 64, width), nn.ReLU())]
-        body, head = nn.Sequential(*layers), nn.Linear(width, 2)
-    optimizer = torch.optim.SGD(
-        [*body.parameters(), *head.parameters()], 0.1, momentum=0.9, weight_decay=5e-4
-    )
-    marks, seen = [steps // 100, steps // 10, steps // 3, steps], []
+        body = nn.Sequential(*layers)
+        head = nn.Linear(width, 2)
+    model = nn.ModuleList([body, head])
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
+    seen = []
     for step in range(1, steps + 1):
         rows = torch.randint(1000, (128,), generator=generator)
         loss = F.cross_entropy(head(body(x[rows])), y[rows])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if step in marks:
-            with torch.no_grad():
-                h = body(x)
-                right = (head(h).argmax(1) == y).double().mean()
-            point = {"step": step, "nc1": StoredStatistics(h, y, 2).nc1()[0], "accuracy": float(right)}
+        if step in (steps // 100, steps // 10, steps // 3, steps):
+            h = body(x).detach()
+            point = {"step": step, "nc1": nc1(h, y)[0]}
             for how in ("raw", "l2", "whiten"):
-                _, agreement = recover_labels(h.numpy(), y.numpy(), fine.numpy(), how, 0)
-                point[how] = agreement["purity"]
-            point["oracle"] = probe_accuracy(h.numpy(), fine.numpy(), h.numpy(), fine.numpy())
+                found = recover_labels(h.numpy(), y.numpy(), fine.numpy(), how, 0)
+                point[how] = clustering_agreement(found, fine)["purity"]
             seen.append(point)
     return seen
 
 
-def synthetic(folder) -> bool:
-    """Check each metric against its closed form, by both statistics; print the table, draw synthetic.png."""
-    passed, gen = [], torch.Generator().manual_seed(0)
-    print(f"{'claim':<70}{'theory':>10}{'measured':>10}{'error':>9}{'tolerance':>10}  ok")
-
-    def check(claim, theory, measured, tolerance, at_most=False):
-        error = max(measured - theory, 0) if at_most else abs(measured - theory)
-        passed.append(bool(error <= tolerance))
-        print(f"{claim:<70}{theory:>10.5f}{measured:>10.5f}{error:>9.1e}{tolerance:>10.1e}", end="  ")
-        print("yes" if passed[-1] else "NO")
-
-    def random(*shape):
-        return torch.randn(*shape, generator=gen, dtype=torch.float64)
-
-    def one_pass(h, y, K):
-        S = CollapseStatistics(K, h.shape[1])
-        for part in split_evenly(len(h), 100):
-            S.update(h[part], y[part])
-        return S
-
-    # 1. ETF means of norm r, covariance exactly sigma^2 I within: everything is known
+def check_theory(folder: Path) -> dict:
+    """Print the chapter's claims, each measure against its closed form; draw synthetic.png."""
     K, d, r, sigma = 10, 32, 3.0, 0.2
-    etf = simplex_etf(K, d, gen)
+    claims = Claims()
+    etf = simplex(K, d)
+
+    # ETF means of norm r, covariance exactly sigma^2 I within: everything is known
     h, y = around(r * etf, sigma)
-    S, expected = one_pass(h, y, K), sigma**2 * (K - 1) ** 2 / (K * r**2)
-    check("ETF, isotropic spread: NC1 = sigma^2 (K-1)^2 / (K r^2)", expected, S.nc1()[0], 1e-12)
-    check("   the same, features in memory", expected, StoredStatistics(h, y, K).nc1()[0], 1e-12)
-    check("   trace ratio = d sigma^2 / r^2", d * sigma**2 / r**2, S.trace_ratio(), 1e-12)
-    check("   CDNV = d sigma^2 (K-1) / (2 K r^2)", d * sigma**2 * (K - 1) / (2 * K * r**2), S.cdnv(), 1e-12)
-    part = sigma**2 * (K - 1)
-    check("   VCI = sigma^2 (K-1) / (r^2 + sigma^2 (K-1))", part / (r**2 + part), S.vci(), 1e-12)
-    D = S.class_distances()
-    expected = 2 * d * sigma**2 + 2 * r**2 * K / (K - 1)
-    check("   class distance = 2 d sigma^2 + 2 r^2 K/(K-1)", expected, D[0, 1].item(), 1e-10)
-    check("   NC2, NC3 of the means, and of the Gram matrix", 0, simplex_etf_distance(etf, 2 * etf), 1e-12)
+    expected = sigma**2 * (K - 1) ** 2 / (K * r**2)
+    claims.equal(
+        "A simplex of means, round spread: NC1 = sigma^2 (K-1)^2 / (K r^2)", expected, nc1(h, y)[0], 1e-9
+    )
+    expected = d * sigma**2 * (K - 1) / (2 * K * r**2)
+    claims.equal("   CDNV = d sigma^2 (K-1) / (2 K r^2)", expected, cdnv(h, y), 1e-9)
 
-    # 2. Hard numbers: tiny spread in float32, far from the origin; two class means that nearly coincide
-    h, y = around(r * etf, 1e-5)
-    h = (h + 100).float().double()  # on float32's grid: what is left of the spread there is the truth
-    truth = one_pass(h, y, K).nc1()[0]
-    for name, way in (("one pass", one_pass), ("in memory", StoredStatistics)):
-        ratio = way(h.float(), y, K).nc1()[0] / truth
-        check(f"float32, spread 1e-5 around 100, {name}: over the truth", 1, ratio, 1e-4)
-    for gap in (1e-2, 1e-4):
-        near = torch.cat([etf[:-1], etf[-2:-1] + gap * F.normalize(random(1, d))])
-        h, y = around(near, 0.01)
-        # an SVD of the means instead of their Gram matrix: it does not square what is small
-        values = torch.linalg.svdvals(near - near.mean(0))[: K - 1].square() / K
-        nc1, rank = one_pass(h, y, K).nc1()
-        expected = float((0.01**2 / values).sum() / K)
-        check(f"two means {gap:.0e} apart: NC1 over sigma^2 sum_r 1/l_r / K", 1, nc1 / expected, 1e-6)
-        check("   rank kept", K - 1, rank, 0)
-        M = (near - near.mean(0)).float() / K**0.5
-        lost = 0.01**2 * float(torch.linalg.pinv(M.T @ M, hermitian=True).trace()) / K
-        if gap < 1e-3:
-            check("   float32 and pinv's own cut-off keep of it at most", 0.01, lost / expected, 0, True)
+    # NC1 does not see spread across the span of the class means: two sub-clusters in every class, 2a apart
+    axis = F.one_hot(torch.tensor(d - 1), d)  # orthogonal to all class means
+    h = torch.cat([r * etf + 2 * axis, r * etf - 2 * axis])
+    y = torch.arange(K).repeat(2)
+    claims.equal("Two sub-clusters in every class: NC1 is blind to them", 0, nc1(h, y)[0], 1e-9)
+    claims.equal("   the trace ratio is not: a^2 / r^2", 4 / r**2, trace_ratio(h, y), 1e-9)
 
-    # 3. What NC1 does not see: two sub-clusters in every class, 2a apart, across the span of the class means
-    axis = torch.linalg.svd(etf).Vh[-1]  # orthogonal to all class means
-    means = torch.stack([r * etf + 2 * axis, r * etf - 2 * axis], 1)  # (K, 2, d), a = 2
-    S = one_pass(means.flatten(0, 1), torch.arange(K).repeat_interleave(2), K)
-    check("two sub-clusters in every class, across: NC1", 0, S.nc1()[0], 1e-12)
-    check("   trace ratio = a^2 / r^2", 4 / r**2, S.trace_ratio(), 1e-12)
-    check("   CDNV = a^2 (K-1) / (2 K r^2)", 4 * (K - 1) / (2 * K * r**2), S.cdnv(), 1e-12)
+    # Zero-mean collapse: class vectors that are orthogonal and not negative. Centring hides the alignment
+    Q = torch.eye(K, dtype=torch.float64)
+    largest = max(zero_mean_metrics(5 * Q, Q).values())
+    claims.equal("Orthogonal means: all zero-mean measures vanish, the largest", 0, largest, 1e-9)
+    floor = 2 * (1 - math.sqrt(1 - 1 / K))
+    claims.equal(
+        "   NC3, which centres, does not: 2 (1 - sqrt(1-1/K))", floor, self_duality(Q, Q - Q.mean(0)), 1e-9
+    )
 
-    # 4. Zero-mean collapse: means along a non-negative orthogonal classifier. Centring hides the alignment
-    Q = torch.eye(K, dtype=torch.float64).repeat_interleave(6, 1) / 6**0.5  # (K, 60)
-    znc = zero_mean_metrics(5 * Q, Q)
-    check("orthogonal means: largest of the ZNC metrics", 0, max(znc.values()), 1e-12)
-    floor = 2 * (1 - (1 - 1 / K) ** 0.5)
-    check("   centred: NC3 = 2 (1 - sqrt(1 - 1/K))", floor, self_duality(Q, Q - Q.mean(0)), 1e-12)
-    check("   centred: they are an ETF", 0, simplex_etf_distance(Q - Q.mean(0)), 1e-12)
-    h, y = around(5 * Q, 0.2)
-    check("   ZNC1 = sigma^2 K / r^2", 0.04 * K / 25, one_pass(h, y, K).nc1(centred=False)[0], 1e-12)
+    # More classes than the simplex has room for, K > d + 1: how far can each stay from the others?
+    distance, _ = one_vs_rest_distance(torch.cat([Q[:5], -Q[:5]]))
+    claims.equal("Ten directions in five dimensions: one-vs-rest distance", 1, float(distance.min()), 1e-6)
 
-    # 5. Generalized collapse: the most uniform K directions in d dimensions, found by direct optimisation
-    i, j = torch.triu_indices(K, K, 1)
+    H, W, y = layer_peeled(K, 4, 0.02)
+    worst = max(neural_collapse(H, W, y).values())
+    claims.equal("The layer-peeled model collapses wholly: largest of NC0 to NC4", 0, worst, 1e-6)
 
-    def best_energy(d, s):
-        def energy(V):  # the kernel written out: the optimiser needs its gradient
-            V = F.normalize(V)
-            r = (V[i] - V[j]).norm(dim=1)
-            return -r.log().mean() if s == 0 else r.pow(-s).mean()
+    # A network on four clusters in two classes: NC1 falls, the clusters remain
+    path = mixture(depth=4, steps=1000, seed=0)
+    claims.at_most("Four clusters in two classes, four hidden layers: NC1", 0.05, path[-1]["nc1"])
+    purity = path[-1]["whiten"]
+    claims.at_least("   k-means finds the clusters once whitened: purity", 0.999, purity)
 
-        # for the cross-polytope's some starts end in a local minimum
-        found = [minimise(energy, random(K, d))[0] for _ in range(1 if d == K - 1 else 6)]
-        return min(found, key=lambda V: riesz_energy(V, s))
-
-    for s in (0, 1, 2):
-        r2 = 2 * K / (K - 1)
-        theory = -math.log(r2) / 2 if s == 0 else r2 ** (-s / 2)
-        V = best_energy(K - 1, s)
-        check(f"K = 10, d = 9, s = {s}: least energy, the simplex's", theory, riesz_energy(V, s), 1e-8)
-        kernel = (lambda r: -math.log(r)) if s == 0 else (lambda r, s=s: r**-s)
-        theory = (kernel(2) + (K - 2) * kernel(2**0.5)) / (K - 1)  # one antipode, the others at right angles
-        V = best_energy(K // 2, s)
-        check(f"K = 10, d = 5, s = {s}: the cross-polytope's", theory, riesz_energy(V, s), 1e-8)
-    # K -> infinity: the mean kernel of the uniform law, -ln 2 - (psi((d-1)/2) - psi(d-1)) / 2
-    theory = -math.log(2) - (digamma(31.5) - digamma(63)) / 2
-    check("1,500 random directions, d = 64: mean log(1/r)", theory, riesz_energy(random(1500, 64)), 1e-3)
-    circle = torch.arange(12, dtype=torch.float64) * math.tau / 12
-    circle = torch.stack([circle.cos(), circle.sin()], 1)
-    cross = torch.cat([torch.eye(5, dtype=torch.float64), -torch.eye(5, dtype=torch.float64)])
-    shapes = [("simplex: K/(K-1)", etf, K / (K - 1)), ("cross-polytope: 1", cross, 1.0)]
-    for name, V, theory in [*shapes, ("12-gon: 1 - cos(2 pi/12)", circle, 1 - math.cos(math.tau / 12))]:
-        distance, gap = one_vs_rest_distance(V)
-        check(f"one-vs-rest distance, {name}", theory, distance.min().item(), 1e-7)
-        check("   certified to", 0, gap.max().item(), 1e-7)
-
-    # 6. The layer-peeled model (one free feature a sample) collapses completely
-    n, reg = 4, 0.02
-    y = torch.arange(K).repeat_interleave(n)
-
-    def peeled(W, H, weight):  # L = sum_i p_i CE(W h_i) + lam_W/2 ||W||^2 + lam_H/2 sum_i p_i ||h_i||^2
-        loss = (weight * F.cross_entropy(H @ W.T, y[: len(H)], reduction="none")).sum()
-        return loss + reg / 2 * (W.square().sum() + (weight[:, None] * H.square()).sum())
-
-    flat = torch.full((K * n,), 1 / (K * n), dtype=torch.float64)
-    W, H = minimise(lambda W, H: peeled(W, H, flat), random(K, 16), random(K * n, 16), steps=1500)
-    for key, value in measure(H, y, K, W, None).items():
-        if key != "nc1_rank":
-            check(f"layer-peeled model: {key}", 0, value, 1e-6)
-    # five classes of share b each collapse up to b = lam_W lam_H (bmls_msclf.py --synthetic finds the edge)
-    y, few = torch.arange(K), torch.arange(5, 10)
-    for name, share, angle in (("below", 0.5, 0.0), ("above", 1e3, math.degrees(math.acos(-1 / 9)))):
-        b = min(share * reg**2, 0.1)
-        weight = torch.tensor([0.2 - b] * 5 + [b] * 5, dtype=torch.float64)
-        # sqrt(p) h in place of h makes both penalties plain squared norms, which the optimiser prefers
-        loss = lambda W, G, p=weight: peeled(W, G / p.sqrt()[:, None], p)  # noqa: E731
-        V, _ = minimise(loss, random(K, 16), random(K, 16), steps=500)
-        check(f"minority share {name} lam_W lam_H: angle (degrees)", angle, minority_angle(V, few), 0.05)
-
-    # 7. A network on four Gaussian clusters in two classes: NC1 falls, the clusters remain. How deep it is
-    # decides what k-means needs to find them: nothing, unit length, or the whitening of the main directions
-    paths = {depth: mixture(depth, 1000, 0) for depth in (1, 2, 4)}
-    lost = {1: (), 2: ("raw",), 4: ("raw", "l2")}  # where k-means is near chance, 1/2
-    for depth, path in paths.items():
-        end = path[-1]
-        check(f"mixture, hidden layers: {depth}. NC1, at most", 0.05, end["nc1"], 0, at_most=True)
-        for how in ("raw", "l2", "whiten"):
-            if how in lost[depth]:
-                check(f"   purity of k-means, {how}, at most", 0.75, end[how], 0, at_most=True)
-            else:
-                check(f"   1 - purity of k-means, {how}, at most", 0.001, 1 - end[how], 0, at_most=True)
-        check("   1 - accuracy of a linear probe for the clusters", 0, 1 - end["oracle"], 0.01)
-
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    for ax, (depth, path) in zip(figure.subplots(1, 3, sharey=True), paths.items(), strict=True):
-        for how, look in (("raw", "s--"), ("l2", "o-"), ("whiten", "^:")):
-            ax.plot([p["step"] for p in path], [p[how] for p in path], look, color="black", label=how)
-        ax.set(xscale="log", xlabel="training step", title=f"{depth} hidden, NC1 {path[-1]['nc1']:.3f}")
-    figure.axes[0].set(ylabel="purity of k-means in a class")
-    figure.axes[0].legend(title="features", loc="lower left")
-    write_atomically(Path(folder) / "synthetic.png", lambda part: figure.savefig(part, dpi=110))
-    print(f"{sum(passed)} of {len(passed)} claims hold; figure: {Path(folder) / 'synthetic.png'}")
-    return all(passed)
+    names = {"nc1": "NC1", "raw": "purity, raw", "l2": "purity, unit length", "whiten": "purity, whitened"}
+    steps = [point["step"] for point in path]
+    points = {name: (steps, [point[key] for point in path]) for key, name in names.items()}
+    axes = {"xscale": "log", "xlabel": "training step", "ylabel": "NC1; purity of k-means in a class"}
+    curves(folder / "synthetic.png", points, styles(points), **axes)
+    return claims.report(folder / "synthetic.png")
 
 
 # %% [3] Network
+
+
+# [copied: resnet32]
+class Block(nn.Module):
+    """Two 3x3 convolutions and a parameter-free shortcut: stride by slicing, new channels zero (option A)."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.stride, self.new = stride, channels - channels_in
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        if self.new:
+            x = F.pad(
+                x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.new // 2, self.new - self.new // 2)
+            )
+        return F.relu(x + y)
+
+
+class ResNet32(nn.Module):
+    """The CIFAR ResNet of He et al. 2016, section 4.2: 3 stages of 5 blocks, 0.46 M parameters at width 1.
+
+    Not ResNet-34, which has 21 M. Images (B, C, H, W) of any size -> features h (B, 64 * width), h >= 0.
+    """
+
+    def __init__(self, channels: int = 3, width: int = 1):
+        super().__init__()
+        stages = [16 * width, 32 * width, 64 * width]
+        self.d = stages[-1]
+        self.conv = nn.Conv2d(channels, stages[0], 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(stages[0])
+        blocks, now = [], stages[0]
+        for stage, c in enumerate(stages):
+            for i in range(5):
+                blocks.append(Block(now, c, stride=2 if stage and i == 0 else 1))
+                now = c
+        self.blocks = nn.Sequential(*blocks)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(F.relu(self.bn(self.conv(x)))).mean((2, 3))  # global average pool
+
+
+# [end copied]
 
 
 # [copied: resnet18]
@@ -534,7 +420,7 @@ def resnet18(channels: int) -> nn.Module:
 # [end copied]
 
 
-class SmallCNN(nn.Module):
+class StridedCNN(nn.Module):
     """The laptop's network: four 3x3 convolutions with BatchNorm, channels 32 to 256, 0.39 M parameters.
 
     Images (B, C, H, W) of any size -> features h (B, 256), h >= 0; convolutions 2 to 4 halve H and W.
@@ -554,7 +440,7 @@ class SmallCNN(nn.Module):
         return self.layers(x).mean((2, 3))  # global average pool
 
 
-NETWORKS = {"cnn": SmallCNN, "resnet18": resnet18}
+NETWORKS = {"cnn": StridedCNN, "resnet18": resnet18, "resnet32": ResNet32}
 
 
 def build_model(net: str, channels: int, K: int) -> nn.ModuleDict:
@@ -565,317 +451,416 @@ def build_model(net: str, channels: int, K: int) -> nn.ModuleDict:
 
 # %% [4] Training
 
-METHODS = ("ce", "mse")
-# Epochs, batch size, images per class, learning rate. Published neural-collapse runs take 350 epochs, batches
-# of 128 and classes of one size; the rates are those of the released ZNC code for ResNet-18.
-RECIPES = {
-    "digits": (100, 64, None, 0.05),
-    "mnist": (350, 128, 5000, 0.0133),
-    "fashionmnist": (350, 128, None, 0.13),
-    "svhn": (350, 128, 4600, 0.0096),
+
+def cross_entropy(z: Tensor, y: Tensor) -> Tensor:
+    """CE of logits z (B, K) and labels y (B,), mean over the batch."""
+    return F.cross_entropy(z, y)
+
+
+def squared_error(z: Tensor, y: Tensor) -> Tensor:
+    """1/2 mean_i ||z_i - e_y||^2 (Han et al. 2022), logits z (B, K), labels y (B,)."""
+    e = torch.eye(z.shape[1], device=z.device)  # F.one_hot looks at its labels: the device would be asked
+    return 0.5 * (z - e[y]).square().sum(1).mean()
+
+
+LOSSES = {"ce": cross_entropy, "mse": squared_error}
+METHODS = {"ce": "cross-entropy", "mse": "squared error to the one-hot label"}
+# SGD and Adam have the weight decay in the gradient, AdamW beside it: that decides about NC0 (2602.16642)
+OPTIMIZERS = {
+    "sgd": lambda parameters, **options: torch.optim.SGD(parameters, momentum=0.9, **options),
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
 }
-PUBLISHED = (350, 128, None, 0.068)
+# Published neural-collapse runs take 350 epochs, batches of 128 and classes of one size
+RECIPES = {
+    "": {"epochs": 350, "batch_size": 128, "net": "resnet18", "weight_decay": 5e-4},
+    "digits": {"epochs": 100, "batch_size": 64, "net": "cnn"},
+}
+# Learning rates of SGD, those of the released ZNC code for ResNet-18; and the class size it cuts to
+RATES = {"digits": 0.05, "mnist": 0.0133, "fashionmnist": 0.13, "svhn": 0.0096}
+RATE, ADAM_RATE = 0.068, 0.001
+PER_CLASS = {"mnist": 5000, "svhn": 4600}
 MILESTONES = {1, 2, 3, 4, 5, 7, 9, 11, 14, 18, 23, 28, 34, 41, 49, 59, 70, 82, 95, 110, 127, 145, 165, 187}
 MILESTONES |= {211, 237, 265, 295, 327, 350}  # epochs at which all is measured, as in that code
-GRID = [(lr, wd) for lr in (0.1, 0.01, 0.001) for wd in (5e-3, 5e-4, 5e-5)]  # Yang, Steinhardt & Hu 2023
 ZERO_ERROR = 0.999  # share of right images from which an epoch counts as one of zero error
+
+
+class Fine(NamedTuple):
+    """The labels that a network trained on coarse ones never saw."""
+
+    train_y: Tensor
+    test_y: Tensor
+    classes: tuple[str, ...]
+    coarse: Tensor  # (K,): the coarse class of each fine one
 
 
 def learning_rate(epoch: int, args: argparse.Namespace) -> float:
     """--lr, a tenth of it after a third of the epochs, a hundredth after two thirds."""
     done = epoch / args.epochs
-    return args.lr * (1 if done < 1 / 3 else 0.1 if done < 2 / 3 else 0.01)
+    if done < 1 / 3:
+        return args.lr
+    return args.lr * (0.1 if done < 2 / 3 else 0.01)
 
 
-def loss_of(name: str, z: Tensor, y: Tensor) -> Tensor:
-    """ce: cross-entropy; mse: 1/2 mean_i ||z_i - e_y||^2 (Han et al. 2022). Logits z (B, K), y (B,)."""
-    if name == "ce":
-        return F.cross_entropy(z, y)
-    e = torch.eye(z.shape[1], device=z.device)  # F.one_hot looks at its labels: the device would be asked
-    return 0.5 * (z - e[y]).square().sum(1).mean()
+def train(args: argparse.Namespace, name: str, seed: int, data: Dataset, run: Run) -> nn.ModuleDict:
+    """Train with one loss and one seed, from the last checkpoint on. Returns the model."""
+    N = len(data.train_y)
+    torch.manual_seed(seed)  # initial weights
+    generator = torch.Generator().manual_seed(seed)  # order and augmentation
+    model = build_model(args.net, data.train_x.shape[3], len(data.classes))
+    model = model.to(run.device, memory_format=torch.channels_last)
+    network, classifier = run.prepare(model)  # speed only: --compile
+    options = {"lr": args.lr, "weight_decay": args.weight_decay, "fused": run.fused}
+    optimizer = OPTIMIZERS[args.optimizer](model.parameters(), **options)
+    crops = {"pad": data.pad, "flip": data.flip} if args.augment else {}
+    images = Batches(data.train_x, data.mean, data.std, device=run.device, **crops)
+    train_y = data.train_y.to(run.device)
 
-
-def keep_per_class(y: Tensor, K: int, n: int, seed: int) -> Tensor:
-    """Indices of n images of each class, drawn by their own generator; all of a class that has fewer."""
-    generator = torch.Generator().manual_seed(seed)
-    members = [(y == k).nonzero().flatten() for k in range(K)]
-    return torch.cat([m[torch.randperm(len(m), generator=generator)[:n]] for m in members]).sort().values
-
-
-def train(args, name: str, seed: int, data: Dataset, fine: Fine | None, run: Run, device) -> dict:
-    """Train with one loss and one seed in its run folder, from its last checkpoint on; returns the result."""
-    K, N = len(data.classes), len(data.train_y)
-    generator = torch.Generator().manual_seed(seed)  # order and augmentation; on the CPU
-    torch.manual_seed(seed)  # initialisation
-    model = build_model(args.net, data.train_x.shape[3], K).to(device, memory_format=torch.channels_last)
-    network = torch.compile(model["network"]) if args.compile else model["network"]
-    optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
-    pad, flip = (data.pad, data.flip) if args.augment else (0, False)
-    batches = Batches(data.train_x, data.mean, data.std, pad=pad, flip=flip, device=device)
-    test = Batches(data.test_x, data.mean, data.std, device=device)
-    train_y = data.train_y.to(device)
-    start, best, zero_error, seconds = 0, 0.0, 0, 0.0  # zero_error: epoch, 0 as long as there was none
-
-    state = run.load_checkpoint(device)
-    if state is not None:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        generator.set_state(state["generator"].cpu())
-        start, best, zero_error, seconds = (state[k] for k in ("epoch", "best", "zero_error", "seconds"))
-
-    right = torch.zeros((), device=device)  # images of this epoch that were classified right as they came
-
-    def step(x: Tensor, y: Tensor) -> Tensor:
-        """One batch: images x (B, C, H, W), labels y (B,) -> loss."""
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            h = network(x)
-        z = model["classifier"](h.float())  # (B, d) -> (B, K)
-        loss = loss_of(name, z, y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        right.add_((z.detach().argmax(1) == y).sum())
-        return loss.detach()
-
-    training_step = TrainingStep(step, optimizer, device, capture=not args.compile)
-
-    def checkpoint(epoch: int) -> None:
-        parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        numbers = {"epoch": epoch, "best": best, "zero_error": zero_error, "seconds": seconds}
-        run.save_checkpoint({**parts, **numbers, "generator": generator.get_state()})
-
-    if state is None:
-        checkpoint(0)  # so that Ctrl-C in the first epoch leaves something to resume
-    parts = split_evenly(N, args.batch_size)[: 2 if args.dry_run else None]
-    ahead, title = range(start, args.epochs), f"{name} seed {seed}"
-    bar = tqdm(ahead, initial=start, total=args.epochs, desc=title, disable=None)  # None: only on a terminal
-    for epoch in bar:
-        began = time.perf_counter()
-        order = torch.randperm(N, generator=generator)
-        views = batches.views(order, generator if args.augment else None)
-        y = train_y[order.to(device)]
-        training_step.set_learning_rate(learning_rate(epoch, args))
-        losses = torch.zeros(len(parts), device=device)  # read once an epoch: no step waits for the host
-        right.zero_()
+    for epoch in run.epochs(args.epochs, model=model, optimizer=optimizer, generator=generator):
+        optimizer.param_groups[0]["lr"] = learning_rate(epoch, args)
+        order = torch.randperm(N, generator=generator)  # (N,)
+        labels = train_y[order.to(run.device)]
+        right = torch.zeros((), device=run.device)  # images that were classified right as they came
         model.train()
-        images = batches.sequence(views, parts)
-        for i, part in enumerate(parts):
-            losses[i] = training_step(next(images), y[part])
-            if i == 0:
-                warm = time.perf_counter()
-        if not losses.isfinite().all():
-            bad = int((~losses.isfinite()).nonzero()[0])
-            raise UserError(
-                f"{name} seed {seed}: the loss is not finite in epoch {epoch + 1}, step {bad + 1}; lower "
-                f"--lr and --overwrite. Last good checkpoint: epoch {epoch}, {run.folder}/checkpoint.pt"
-            )
-        seconds += time.perf_counter() - began
-        running = float(right) / parts[-1].stop  # of the images as they were trained on
-        if running >= ZERO_ERROR and not zero_error:
-            zero_error = epoch + 1
-        line = dict(epoch=epoch + 1, lr=learning_rate(epoch, args), loss=float(losses.mean()))
-        line["running_accuracy"] = running
-        if epoch + 1 in MILESTONES or epoch + 1 == args.epochs:
-            line |= measure_model(model, data, batches, test, args.precision)[0]
-            best = max(best, line["accuracy"])
-            bar.set_postfix(loss=f"{line['loss']:.3f}", accuracy=f"{100 * line['accuracy']:.2f}")
-        line["seconds"] = seconds
-        if epoch == 0 and args.epochs > 1:  # forecast without the first step, which also sets things up
-            epoch_time = (time.perf_counter() - warm) * len(parts) / max(len(parts) - 1, 1)
-            tqdm.write(f"{name} seed {seed}: about {epoch_time * (args.epochs - 1) / 60:.1f} more minutes")
-        run.log(line)
-        checkpoint(epoch + 1)
-    about = {"method": name, "seed": seed, "best_accuracy": best, "zero_error_epoch": zero_error or None}
-    return conclude(args, data, fine, run, model, batches, test, {**about, "seconds": seconds})
+        for part, x in images.epoch(order, args.batch_size, generator if args.augment else None):
+            y = labels[part]  # (B,)
+            with run.autocast():  # bf16 inside the network only
+                h = network(x)  # (B, C, H, W) -> (B, d)
+            z = classifier(h.float())  # (B, K)
+            loss = LOSSES[name](z, y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            right += (z.detach().argmax(1) == y).sum()
+            run.add_loss(loss)  # stays on the device; read once per epoch
+        run.log(lr=learning_rate(epoch, args), running_accuracy=float(right) / N)
+        if epoch + 1 in MILESTONES or run.is_test_epoch(epoch):
+            measured, arrays = measure_model(model, data, run)
+            run.log(**measured, plane=plane(arrays["train_h"], arrays["train_y"]))
+    return model
 
 
-# %% [5] Evaluation and figures
+# %% [5] Results
+
+
+def measure(h: Tensor, y: Tensor, K: int, W=None, b=None, means=None) -> dict[str, float]:
+    """NC0 to NC4 of one split: features h (N, d), labels y (N,), class vectors W (K, d), biases b (K,).
+
+    means (K, d): the class means that NC4 decides by, the training split's; this split's own by default.
+    Without W what needs it is left out. Raises ValueError for a class without samples.
+    """
+    sums = class_sums(h, y, K)
+    M = sums.centred  # (K, d)
+    spread, rank = nc1(h, y, sums)
+    result = {
+        "nc1": spread,
+        "nc1_rank": rank,
+        "trace_ratio": trace_ratio(h, y, sums),
+        "cdnv": cdnv(h, y, sums),
+        "nc2_equinorm_M": equinorm(M),
+        "nc2_equiangular_M": equiangularity(M),
+        "nc2_etf_M": simplex_etf_distance(M),
+    }
+    if W is not None:
+        decision = logits(h, W, b).argmax(1)
+        result |= {
+            "nc0": nc0(W),
+            "nc2_equinorm_W": equinorm(W),
+            "nc2_equiangular_W": equiangularity(W),
+            "nc2_etf_W": simplex_etf_distance(W),
+            "nc3": self_duality(W, M),
+            "nc3_etf": simplex_etf_distance(W, M),
+            "nc4": nearest_mean_mismatch(h, decision, sums.mean if means is None else means),
+        }
+    return result
+
+
+def measure_more(h: Tensor, y: Tensor, K: int, few: Tensor, W=None) -> dict[str, float]:
+    """What costs more, of one split: VCI, zero-mean and generalized collapse, the angle between the few."""
+    sums = class_sums(h, y, K)
+    M = sums.centred
+    result = {"vci": vci(h, y, sums), "znc1": nc1(h, y, sums, centred=False)[0]}
+    result |= zero_mean_metrics(sums.mean, W)
+    result["gnc1"] = nc1(unit(h).nan_to_num(), y)[0]  # a feature of zeros stays one
+    result |= {f"{key}_M": value for key, value in generalized_metrics(M).items()}
+    result["minority_angle_M"] = minority_angle(M, few)
+    if W is not None:
+        result["gnc3"] = gnc3(W, M)
+    return result
 
 
 @torch.no_grad()
-def features_of(network: nn.Module, batches: Batches, precision: str) -> Tensor:
+def embed(network: nn.Module, images: Tensor, data: Dataset, run: Run) -> Tensor:
     """Features h (N, d) of every image, in order, unaugmented, in float32."""
     network.eval()
-    views, hs = batches.views(torch.arange(batches.N)), []
-    for x in batches.sequence(views, split_evenly(batches.N, 1000)):
-        with torch.autocast(batches.device.type, torch.bfloat16, enabled=precision == "bf16"):
+    hs = []
+    loader = Batches(images, data.mean, data.std, device=run.device)
+    for _, x in loader.epoch(torch.arange(len(images)), 1000):
+        with run.autocast():
             hs.append(network(x).float())
-    return torch.cat(hs).to(metric_device(batches.device))
+    return torch.cat(hs).to(metric_device(run.device))
 
 
-def measure_model(model, data: Dataset, batches: Batches, test: Batches, precision: str) -> tuple:
+def measure_model(model: nn.ModuleDict, data: Dataset, run: Run) -> tuple[dict, dict[str, Tensor]]:
     """Accuracies and metrics of both splits, and the features and class vectors they were measured on."""
-    train_h, test_h = (features_of(model["network"], b, precision) for b in (batches, test))
-    device, K = train_h.device, len(data.classes)
+    K = len(data.classes)
+    train_h, test_h = (embed(model["network"], x, data, run) for x in (data.train_x, data.test_x))
+    device = train_h.device
     train_y, test_y = data.train_y.to(device), data.test_y.to(device)
-    W, b = (p.detach().to(device) for p in (model["classifier"].weight, model["classifier"].bias))
-    accuracies = {
+    W, b = (parameter.detach().to(device) for parameter in model["classifier"].parameters())
+    result = {
         "accuracy": float(((test_h @ W.T + b).argmax(1) == test_y).double().mean()),
         "train_accuracy": float(((train_h @ W.T + b).argmax(1) == train_y).double().mean()),
     }
-    means = StoredStatistics(train_h, train_y, K).mean
-    measured = measure(train_h, train_y, K, W, b)
-    on_test = measure(test_h, test_y, K, W, b, means)
+    result |= measure(train_h, train_y, K, W, b)
+    on_test = measure(test_h, test_y, K, W, b, class_means(train_h, train_y, K))
+    result |= {f"test_{key}": v for key, v in on_test.items() if not key.endswith("_W") and key != "nc0"}
     arrays = {"train_h": train_h, "train_y": train_y, "test_h": test_h, "test_y": test_y, "W": W, "b": b}
-    return accuracies | measured | {f"test_{key}": value for key, value in on_test.items()}, arrays
+    return result, arrays
+
+
+def plane(h: Tensor, y: Tensor) -> list[list[list[float]]]:
+    """Forty features of each of the first three classes, in the plane of their means, for a picture.
+
+    Their means are centred at 0 and have mean length 1; the first lies on the x axis. Two classes: a line.
+    """
+    shown = torch.isin(y, torch.arange(3, device=y.device))
+    K = min(3, int(y.max()) + 1)
+    sums = class_sums(h[shown], y[shown], K)
+    axes = torch.linalg.qr(sums.centred[:2].T).Q  # (d, 2)
+    scale = sums.centred.norm(dim=1).mean()
+    found = []
+    for k in range(K):
+        z = (h[y == k][:40].double() - sums.mean.mean(0)) @ axes / scale
+        found.append([[round(v, 3) for v in row] for row in z.tolist()])
+    return found
 
 
 @torch.no_grad()
-def untrained(args, seed: int, data: Dataset, batches: Batches, test: Batches) -> tuple[Tensor, Tensor]:
+def untrained(args: argparse.Namespace, seed: int, data: Dataset, run: Run) -> tuple[Tensor, Tensor]:
     """Features of the network before its first step: random weights; the images set BatchNorm's averages."""
     torch.manual_seed(seed)
-    network = build_model(args.net, data.train_x.shape[3], len(data.classes))["network"].to(batches.device)
+    network = build_model(args.net, data.train_x.shape[3], len(data.classes))["network"].to(run.device)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None  # a plain average over the batches below
     network.train()
-    views = batches.views(torch.arange(batches.N))
-    for x in batches.sequence(views, split_evenly(batches.N, 1000)):
+    loader = Batches(data.train_x, data.mean, data.std, device=run.device)
+    for _, x in loader.epoch(torch.arange(len(data.train_x)), 1000):
         network(x)
-    return tuple(features_of(network, b, args.precision) for b in (batches, test))
+    return embed(network, data.train_x, data, run), embed(network, data.test_x, data, run)
 
 
-def conclude(args, data: Dataset, fine: Fine | None, run: Run, model, batches, test, about: dict) -> dict:
-    """Measure the trained model, recover fine labels if there are any, write features.npz and result.json."""
-    measured, arrays = measure_model(model, data, batches, test, args.precision)
-    result = {**about, "epochs": args.epochs, **measured, "counts": data.counts.tolist()}
-    if fine is not None:
-        seed, (h, test_h) = about["seed"], (arrays["train_h"], arrays["test_h"])
-        generator = torch.Generator().manual_seed(seed)
-        noise = [torch.randn(t.shape, generator=generator) for t in (h, test_h)]
-        first = args.cluster[:1]  # the controls get one clustering
-        found = {
-            "trained": fine_structure(h, test_h, fine, args.cluster, seed),
-            "untrained": fine_structure(*untrained(args, seed, data, batches, test), fine, first, seed),
-            "random": fine_structure(*noise, fine, first, seed),
-        }
-        best = found["trained"][first[0]]
-        result |= {"purity": best["purity"], "probe": best["probe"], "fine": found}
-        result |= {key: found["trained"][key] for key in ("oracle_probe", "sister_ratio", "other_ratio")}
-        arrays |= {"train_fine": fine.train_y, "test_fine": fine.test_y}
-    run.save_features(**arrays)
-    run.finish(result)
+def fine_structure(h: Tensor, test_h: Tensor, fine: Fine, clusterings: list[str], seed: int) -> dict:
+    """What of the fine labels is in features h (N, d) of a network trained on coarse ones.
+
+    For each clustering: agreement, and a linear probe trained on the reconstructed labels, scored on the true
+    test labels; beside it a probe trained on the true ones, with the same features.
+    """
+    D = class_distances(h, fine.train_y)
+    sister, other = distance_ratios(D, fine.coarse)
+    coarse_y = fine.coarse[fine.train_y].numpy()
+    y, test_y = fine.train_y.numpy(), fine.test_y.numpy()
+    h, test_h = h.cpu().numpy(), test_h.cpu().numpy()
+    result = {"sister_ratio": sister, "other_ratio": other, "class_distances": D.tolist()}
+    result["oracle_probe"] = probe_accuracy(h, y, test_h, test_y)
+    for how in clusterings:
+        found = recover_labels(h, coarse_y, y, how, seed)
+        probe = probe_accuracy(h, found, test_h, test_y)
+        result[how] = clustering_agreement(found, y) | {"probe": probe}
     return result
 
 
-# Panels of collapse.png: title, and its curves by key and name; on the test split the key has test_ before it
-PANELS = (
-    ("error (%)", [("error", "")]),
-    ("NC1: spread within classes", [("nc1", "NC1"), ("trace_ratio", "trace ratio")]),
-    ("NC2: spread of lengths", [("nc2_equinorm_M", "means"), ("nc2_equinorm_W", "class vectors")]),
-    ("NC2: mean |cos + 1/(K-1)|", [("nc2_equiangular_M", "means"), ("nc2_equiangular_W", "class vectors")]),
-    ("NC3: squared distance of W, M", [("nc3", "")]),
-    ("NC4: nearest mean differs (%)", [("nc4", "")]),
-)
+def conclude(args: argparse.Namespace, data: Dataset, fine: Fine | None, model, run: Run) -> dict:
+    """Everything that is measured after training, fine labels recovered if there are any; features.npz."""
+    result, arrays = measure_model(model, data, run)
+    reached = [line["epoch"] for line in run.history if line["running_accuracy"] >= ZERO_ERROR]
+    result["zero_error_epoch"] = reached[0] if reached else None
+    result["counts"] = data.counts.tolist()
+    if fine is not None:
+        h, test_h = arrays["train_h"], arrays["test_h"]
+        generator = torch.Generator().manual_seed(run.seed)
+        noise = [torch.randn(features.shape, generator=generator) for features in (h, test_h)]
+        first = args.cluster[:1]  # the controls get one clustering
+        start = untrained(args, run.seed, data, run)
+        found = {
+            "trained": fine_structure(h, test_h, fine, args.cluster, run.seed),
+            "untrained": fine_structure(*start, fine, first, run.seed),
+            "random": fine_structure(*noise, fine, first, run.seed),
+        }
+        best = found["trained"][first[0]]
+        result |= {"purity": best["purity"], "probe": best["probe"], "fine": found}
+        result["untrained_purity"] = found["untrained"][first[0]]["purity"]
+        result |= {key: found["trained"][key] for key in ("oracle_probe", "sister_ratio", "other_ratio")}
+        arrays |= {"train_fine": fine.train_y, "test_fine": fine.test_y}
+    run.save_features(**arrays)
+    return result
 
 
-def save_figure(path: Path, figure: Figure) -> str:
-    write_atomically(path, lambda part: figure.savefig(part, dpi=80))
-    return path.name
+# Panels of collapse.png: title, and the key of its curve; on the test split the key has test_ before it
+PANELS = {
+    "error (%)": "error",
+    "NC1: spread within classes": "nc1",
+    "NC2: mean |cos + 1/(K-1)|": "nc2_equiangular_M",
+    "NC3: class vectors against means": "nc3",
+    "NC4: nearest mean differs (%)": "nc4",
+    "NC0: sum of class vectors": "nc0",
+}
 
 
-def draw_collapse(folder: Path, run: Run, title: str) -> str:
-    """NC1..NC4 and the error over the epochs, train and test, with the zero-error epoch marked; one run."""
+def draw_collapse(run: Run) -> None:
+    """collapse.png: NC0 to NC4 and the error over the epochs, train and test, the zero-error epoch marked."""
     lines = [line for line in run.history if "nc1" in line]
-    lines = [x | {"error": 1 - x["train_accuracy"], "test_error": 1 - x["accuracy"]} for x in lines]
-    x, zero = [line["epoch"] for line in lines], run.finished["zero_error_epoch"]
-    figure = Figure(figsize=(10, 5.6), layout="constrained")
-    for ax, (name, curves) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
-        percent = "%" in name
-        for (key, label), color in zip(curves, ("black", "0.6"), strict=False):
-            for split, style in (("", "o-"), ("test_", "s--")):
-                if key.endswith("_W") and split:
-                    continue  # class vectors have no test split
-                y = np.array([line[split + key] for line in lines], dtype=float) * (100 if percent else 1)
-                ax.plot(x, y, style, color=color, ms=3, label=None if split else label)
-        if zero:
-            ax.axvline(zero, color="0.7", ls=":", lw=2)
-        ax.set(title=name, xlabel="epoch", xscale="log", yscale="linear" if percent else "log")
-        for axis in (ax.xaxis,) if percent else (ax.xaxis, ax.yaxis):
-            axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+    for line in lines:
+        line |= {"error": 1 - line["train_accuracy"], "test_error": 1 - line["accuracy"]}
+    look = styles(["training images", "test images"])
+    figure = Figure(figsize=(10, 5.4), layout="constrained")
+    for plot, (title, key) in zip(figure.subplots(2, 3).flat, PANELS.items(), strict=True):
+        percent = "%" in title
+        for prefix, label in (("", "training images"), ("test_", "test images")):
+            points = [(line["epoch"], line[prefix + key]) for line in lines if prefix + key in line]
+            if points:
+                x, values = np.array(points, dtype=float).T
+                plot.plot(x, values * (100 if percent else 1), label=label, ms=4, **look[label])
+        plot.axvline(run.finished["zero_error_epoch"], color="0.6", ls=":", lw=2, label="zero error")
+        plot.set(title=title, xlabel="epoch", xscale="log", yscale="linear" if percent else "log")
+        for axis in (plot.xaxis,) if percent else (plot.xaxis, plot.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.set_major_formatter("{x:g}")
             axis.set_minor_locator(NullLocator())
-        if len(curves) > 1:
-            ax.legend()
-    at = f"Dotted: epoch {zero}, the first with 99.9% right." if zero else "Zero error was not reached."
-    figure.suptitle(f"{title}. Full lines: training images, dashed: test. {at}")
-    return save_figure(folder / "collapse.png", figure)
+    handles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=3, frameon=False)
+    save_figure(run.folder / "collapse.png", figure)
 
 
-def heat_map(figure, ax, values: np.ndarray, title: str, label: str, ticks, **limits) -> None:
-    image = ax.imshow(values, cmap="gray_r", interpolation="nearest", **limits)
-    ax.set(title=title)
-    if len(ticks) <= 20:
-        ax.set_xticks(range(len(ticks)), ticks, rotation=90)
-        ax.set_yticks(range(len(ticks)), ticks)
-    else:
-        ax.set(xlabel="class", ylabel="class")
-    figure.colorbar(image, ax=ax, label=label, shrink=0.8)
+def draw_falling(run: Run, classes: tuple[str, ...]) -> None:
+    """falling.png: features of three classes at four epochs, in the plane of their class means."""
+    lines = [line for line in run.history if "plane" in line]
+    steps = sorted({0, len(lines) // 3, 2 * len(lines) // 3, len(lines) - 1})
+    figure = Figure(figsize=(2.8 * len(steps) + 1.2, 3), layout="constrained")
+    names = [name.replace("$", r"\$") for name in classes[:3]]
+    plots = figure.subplots(1, len(steps), sharex=True, sharey=True, squeeze=False)
+    for plot, step in zip(plots.flat, steps, strict=True):
+        for points, name, look in zip(lines[step]["plane"], names, styles(names).values(), strict=True):
+            plot.scatter(*np.transpose(points)[:2], s=10, label=name, **look)
+        plot.set(
+            title=f"epoch {lines[step]['epoch']}", aspect="equal", xlabel="in units of the means' length"
+        )
+    handles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*handles, title="class", loc="outside right upper", frameon=False)
+    save_figure(run.folder / "falling.png", figure)
 
 
-def draw_fine(folder: Path, run: Run, fine: Fine) -> list[str]:
-    """Class distances of untrained and trained features, and what was recovered from which features."""
-    found, order = run.finished["fine"], torch.argsort(fine.coarse, stable=True).numpy()
-    names = [fine.classes[k] for k in order]  # sisters beside each other
-    figure = Figure(figsize=(10, 4.6), layout="constrained")
-    for ax, source in zip(figure.subplots(1, 2), ("untrained", "trained"), strict=True):
-        D = np.array(found[source]["class_distances"])[np.ix_(order, order)]
-        title = f"{source}: sisters / within {found[source]['sister_ratio']:.2f}"
-        heat_map(figure, ax, np.log10(D / np.diag(D).mean()), title, "log10 (distance² / within)", names)
-    saved = [save_figure(folder / "class_distances.png", figure)]
+def draw_fine(run: Run, fine: Fine) -> None:
+    """hidden.png: the fine classes inside coarse ones, by PCA. class_distances.png: before and after."""
+    features = run.load_features()
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    for c, plot in enumerate(figure.subplots(1, 4)):
+        inside = features["train_y"] == c
+        h = prepare(features["train_h"][inside], "l2", 0)
+        h = h - h.mean(0)
+        map_ = h @ np.linalg.svd(h, full_matrices=False)[2][:2].T  # the first two principal components
+        for k, look in zip(
+            (fine.coarse == c).nonzero().flatten().tolist(), styles("abcde").values(), strict=False
+        ):
+            members = features["train_fine"][inside] == k
+            plot.scatter(*map_[members].T, s=6, label=fine.classes[k].replace("$", r"\$"), **look)
+        plot.set(title=f"coarse class {c}", xlabel="first component", ylabel="second component")
+        plot.legend(title="fine class", fontsize="small")
+        if c + 1 == int(fine.coarse.max()) + 1:
+            break
+    save_figure(run.folder / "hidden.png", figure)
 
-    rows = [(f"{source}, {how}", r[how], r["oracle_probe"])
-            for source, r in found.items() for how in CLUSTERINGS if how in r]  # fmt: skip
-    figure = Figure(figsize=(6.5, 1.2 + 0.4 * len(rows)), layout="constrained")
-    ax, y = figure.subplots(), np.arange(len(rows))[::-1]
-    for key, marker in (("matched", "o"), ("probe", "s")):
-        label = {"matched": "train labels reconstructed", "probe": "probe on them, test"}[key]
-        ax.plot([100 * r[1][key] for r in rows], y, marker, color="black", label=label,
-                mfc="black" if key == "matched" else "white")  # fmt: skip
-    ax.plot([100 * r[2] for r in rows], y, "x", color="0.4", label="probe on true labels, test")
-    ax.set_yticks(y, [r[0] for r in rows])
-    ax.set(xlabel="fine labels right (%)", xlim=(0, 102))
-    ax.grid(axis="x", color="0.85")
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-    return [*saved, save_figure(folder / "recovered.png", figure)]
+    order = torch.argsort(fine.coarse, stable=True).numpy()  # sisters beside each other
+    maps = {}
+    for source in ("untrained", "trained"):
+        found = run.finished["fine"][source]
+        D = np.array(found["class_distances"])[np.ix_(order, order)]
+        maps[f"{source}: sisters / within {found['sister_ratio']:.2f}"] = D / np.diag(D).mean()
+    limits = (0, max(values.max() for values in maps.values()))
+    names = [fine.classes[k].replace("$", r"\$") for k in order]
+    ticks = {"xticks": [], "yticks": [], "ylabel": "fine class, sisters side by side"}
+    if len(names) <= 20:
+        ticks |= {"yticks": range(len(names)), "yticklabels": names}
+    label = "squared distance / that within a class"
+    heat_maps(run.folder / "class_distances.png", maps, label=label, limits=limits, diverging=False, **ticks)
 
 
-def results_table(runs: list[Run]) -> str:
-    """A row for each loss and setting, mean ± std over seeds: last epoch's accuracy, the best's, collapse."""
-    groups: dict[tuple, list[dict]] = {}
-    for run in runs:
-        f = json.loads((run.folder / "config.json").read_text())["flags"]
-        groups.setdefault((run.finished["method"], f["lr"], f["weight_decay"]), []).append(run.finished)
-    percent, plain = ["accuracy", "best_accuracy", "train_accuracy"], ["nc1", "test_nc1", "cdnv", "nc3"]
-    header = ["loss", "lr", "decay", "seeds", "test %", "best %", "train %", "NC1", "test NC1", "CDNV", "NC3"]
-    if "fine" in runs[0].finished:
-        percent += ["purity", "probe", "oracle_probe"]
-        header[7:7] = ["purity %", "probe %", "true %"]
+def print_results(runs: list[Run], fine: Fine | None, args: argparse.Namespace) -> None:
+    """A row per loss, mean ± std over seeds: accuracies, NC1 to NC4, what was recovered; what it means."""
+    percent = {"accuracy": "accuracy", "train_accuracy": "train"}
+    plain = {"nc1": "NC1", "nc2_equiangular_M": "NC2", "nc3": "NC3", "nc4": "NC4", "nc0": "NC0"}
+    plain |= {"test_nc1": "test NC1", "cdnv": "CDNV"}
+    hidden = {}
+    if fine:
+        hidden = {
+            "purity": "purity",
+            "untrained_purity": "untrained",
+            "probe": "probe",
+            "oracle_probe": "true",
+        }
     rows = []
-    for (method, lr, wd), found in groups.items():
-        cells = [mean_std([r[key] for r in found], 2, 100) for key in percent]
-        cells += [mean_std([r[key] for r in found], 4) for key in plain]
-        rows.append([method, f"{lr:g}", f"{wd:g}", len(found), *cells])
-    return table(header, rows)
+    for name in args.method:
+        found = [run.finished for run in runs if run.name == name]
+        cells = [mean_std([result[key] for result in found], 2, 100) for key in percent]
+        cells += [mean_std([result[key] for result in found], 4) for key in plain]
+        cells += [mean_std([result[key] for result in found], 2, 100) for key in hidden]
+        rows.append([name, len(found), *cells])
+    header = ["loss", "seeds", *percent.values(), *plain.values(), *hidden.values()]
+    print("\n" + table(header, rows))
+    print("""accuracy, train: % of the test and training images right after the last epoch
+NC1 to NC4, NC0, CDNV: of the training features; all are 0 at full collapse. NC1: spread within classes,
+NC2: mean |cos + 1/(K-1)| of the class means, NC3: class vectors against means, NC4: share of images whose
+nearest class mean is not the decision, NC0: squared length of the class vectors' sum over K""")
+    if fine:
+        print(f"""purity: % of the fine training labels found by k-means ({args.cluster[0]}) in coarse classes
+untrained: the same by the network before training, the control
+probe: % of the fine test labels by a linear probe trained on labels so found; true: on the true ones""")
+        print(f"\n{runs[0].name} seed {runs[0].seed}:\n{fine_table(runs[0].finished['fine'])}")
+    pictures = ["collapse.png           NC0 to NC4 over the epochs, training and test images"]
+    if fine:
+        pictures.append(
+            "hidden.png             the fine classes inside four coarse ones, which training never named"
+        )
+        pictures.append("class_distances.png    distances of the fine classes before and after training")
+    else:
+        pictures.append("falling.png            features of three classes fall together over the epochs")
+    print(f"\nfigures in {runs[0].folder} and the other run folders:", *pictures, sep="\n  ")
+
+
+def fine_table(found: dict) -> str:
+    """What one run's features gave: a row for each source and clustering."""
+    rows = []
+    for source, result in found.items():
+        for how in [how for how in CLUSTERINGS if how in result]:
+            agreement = [f"{100 * result[how][key]:.2f}" for key in ("purity", "matched", "probe")]
+            scores = [f"{result[how][key]:.3f}" for key in ("nmi", "ari")]
+            oracle = f"{100 * result['oracle_probe']:.2f}"
+            ratio = f"{result['sister_ratio']:.3f}"
+            rows.append([f"{source}, {how}", *agreement, oracle, *scores, ratio])
+    header = ["features, k-means on", "purity %", "train %", "probe %", "true %", "NMI", "ARI"]
+    return table([*header, "sisters / within"], rows)
 
 
 # What --features prints: what it is, by which convention, and its value at complete collapse
 EXPLAINED = {
     "nc1": ("NC1 tr(Sigma_W pinv(Sigma_B)) / K", "0"),
-    "nc1_rank": ("  rank of Sigma_B that was kept", "rank"),
-    "trace_ratio": ("  tr Sigma_W / tr Sigma_B", "0"),
-    "cdnv": ("  CDNV, mean over class pairs", "0"),
-    "vci": ("  VCI, variability collapse index", "0"),
     "nc2_equinorm": ("NC2 std / mean of lengths", "0"),
     "nc2_equiangular": ("NC2 mean |cos + 1/(K-1)|", "0"),
-    "nc2_etf": ("NC2 distance of Gram matrix from ETF's", "0"),
     "nc3": ("NC3 ||W/|W| - M/|M|||^2", "0"),
-    "nc3_etf": ("  distance of W M^T from ETF's", "0"),
     "nc4": ("NC4 share not decided by nearest mean", "0"),
+    "nc0": ("NC0 ||sum of class vectors||^2 / K", "0"),
+    "nc1_rank": ("NC1 rank of Sigma_B that was kept", "rank"),
+    "trace_ratio": ("tr Sigma_W / tr Sigma_B", "0"),
+    "cdnv": ("CDNV, mean over class pairs", "0"),
+    "vci": ("VCI, variability collapse index", "0"),
+    "nc2_etf": ("NC2 distance of Gram matrix from ETF's", "0"),
+    "nc3_etf": ("NC3 distance of W M^T from ETF's", "0"),
     "znc1": ("ZNC1, NC1 around the origin", "0"),
     "znc_equinorm": ("ZNC2 std / mean of lengths", "0"),
     "znc_mean_cosine": ("ZNC2 mean |cos|", "0"),
-    "znc_max_cosine": ("  largest |cos|", "0"),
+    "znc_max_cosine": ("ZNC2 largest |cos|", "0"),
+    "znc_cosine_spread": ("ZNC2 std of cos", "0"),
     "znc_alignment": ("ZNC3 ||W/|W| - M/|M|||^2, M not centred", "0"),
     "gnc1": ("GNC1, NC1 of unit features", "0"),
     "gnc_log_energy": ("GNC2 mean log(1/r)", "log"),
@@ -883,7 +868,7 @@ EXPLAINED = {
     "gnc_riesz2_energy": ("GNC2 mean 1/r^2", "riesz2"),
     "gnc_smallest_angle": ("GNC2 smallest angle (degrees)", "angle"),
     "gnc_one_vs_rest": ("GNC2 one-vs-rest distance", "rest"),
-    "gnc_one_vs_rest_gap": ("  known to within", "0"),
+    "gnc_one_vs_rest_gap": ("GNC2 known to within", "0"),
     "gnc3": ("GNC3 mean of 1 - cos(w_k, mu_k - mu_G)", "0"),
     "minority_angle": ("minority: mean angle (degrees)", "angle"),
 }
@@ -898,280 +883,197 @@ def collapse_targets(K: int, d: int) -> dict[str, str]:
     return known | {"0": "0", "rank": str(min(K - 1, d))}
 
 
-def read_features(path: Path) -> tuple[dict[str, Tensor], int]:
-    """The arrays of a features file, checked, and K. Raises UserError that names file, array and fault."""
+LAYOUT = (
+    "expected an .npz file of train_h (N, d) float and train_y (N,) integers, and if there are any test_h, "
+    "test_y, W (K, d), b (K,); labels count from 0: np.savez('features.npz', train_h=h, train_y=y)"
+)
+
+
+def load_npz(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a features file as they are. Raises UserError that names the file and the layout."""
     names = ("train_h", "train_y", "test_h", "test_y", "W", "b")
+    if path.suffix == ".npy":
+        raise UserError(f"{path}: .npy holds one array; {LAYOUT}")
     try:
         with np.load(path, allow_pickle=False) as file:  # never unpickles
-            found = {key: file[key] for key in names if key in file}
-    except Exception as error:  # as with the data's npz: many kinds, all mean a missing or damaged file
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0].partition(". ")[0]
-        raise UserError(f"{path}: not a readable features file ({reason or type(error).__name__})") from None
+            return {key: file[key] for key in names if key in file}
+    except Exception as error:  # many kinds; all mean a missing or damaged file
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise UserError(f"{path}: not a readable features file ({reason}); {LAYOUT}") from None
 
-    def require(ok, what: str) -> None:
+
+def read_features(path: Path) -> tuple[dict[str, Tensor], int]:
+    """The arrays of a features file, checked, and K. Raises UserError that names file, array and fault."""
+    found = load_npz(path)
+
+    def require(ok: bool, what: str) -> None:
         if not ok:
-            raise UserError(f"{path}: {what}; the layout stands at the top of nc_metrics.py")
+            raise UserError(f"{path}: {what}; {LAYOUT}")
 
     for key in found.keys() & {"train_h", "test_h", "W", "b"}:
         a = found[key]
         ok = np.issubdtype(a.dtype, np.floating) and a.ndim == (1 if key == "b" else 2) and a.size
-        require(ok, f"{key} is {a.shape} {a.dtype}, expected {'(K,)' if key == 'b' else '(rows, d)'} floats")
+        require(ok, f"{key} is {a.shape} {a.dtype}")
         require(np.isfinite(a).all(), f"{key} has values that are not finite")
         found[key] = a.astype(np.float64 if a.dtype.itemsize > 4 else np.float32)
     splits = ("train", "test") if found.keys() & {"test_h", "test_y"} else ("train",)
     for split in splits:
-        h, y = found.get(f"{split}_h"), found.get(f"{split}_y")
-        require(h is not None and y is not None, f"{split}_h and {split}_y are needed together")
-        ok = np.issubdtype(y.dtype, np.integer) and y.shape == (len(h),)
-        require(ok, f"{split}_y is {y.shape} {y.dtype}, expected ({len(h)},) integers")
+        require({f"{split}_h", f"{split}_y"} <= found.keys(), f"{split}_h and {split}_y are needed together")
+        y = found[f"{split}_y"]
+        n = len(found[f"{split}_h"])
+        ok = np.issubdtype(y.dtype, np.integer) and y.shape == (n,)
+        require(ok, f"{split}_y is {y.shape} {y.dtype}, and {split}_h has {n} rows")
         found[f"{split}_y"] = y.astype(np.int64)
-    W, b, K = found.get("W"), found.get("b"), int(found["train_y"].max()) + 1
-    K = K if W is None else len(W)
+    K = len(found["W"]) if "W" in found else int(found["train_y"].max()) + 1
     require(K >= 2, f"{K} class, and collapse needs two")
-    require(b is None or (W is not None and len(b) == K), f"b is there, but not with the K = {K} rows of a W")
+    ok = "b" not in found or ("W" in found and len(found["b"]) == K)
+    require(ok, f"b is there, but not with the K = {K} rows of a W")
+    d = found["train_h"].shape[1]
     for key in found.keys() & {"test_h", "W"}:
-        d = found["train_h"].shape[1]
         require(found[key].shape[1] == d, f"{key} is {found[key].shape}, and train_h has d = {d}")
-    for y, split in ((found[f"{split}_y"], split) for split in splits):
-        ok = 0 <= y.min() and y.max() < K
-        require(ok, f"{split}_y has labels {y.min()} to {y.max()}, expected 0 to {K - 1}")
-        n = np.bincount(y, minlength=K)
-        require(n.all(), f"class {n.argmin()} has no sample in {split}_y")
+    for split in splits:
+        y = found[f"{split}_y"]
+        require(
+            0 <= y.min() and y.max() < K, f"{split}_y has labels {y.min()} to {y.max()}, not 0 to {K - 1}"
+        )
+        counts = np.bincount(y, minlength=K)
+        require(counts.all(), f"class {counts.argmin()} has no sample in {split}_y")
     return {key: torch.from_numpy(a) for key, a in found.items()}, K
 
 
 def report(args: argparse.Namespace) -> dict:
-    """--features and --run: every metric as a table or as JSON, and maps of class distances and cosines."""
+    """--features and --run: every metric as a table or as JSON, then maps of class distances and cosines."""
     path = args.features if args.features else args.run / "features.npz"
     found, K = read_features(path)
     device = metric_device(pick_device(args.device))
-    found = {key: t.to(device) for key, t in found.items()}
+    found = {key: array.to(device) for key, array in found.items()}
     h, y, W, b = (found.get(key) for key in ("train_h", "train_y", "W", "b"))
-    S = StoredStatistics(h, y, K)
-    result = {"train": measure_everything(h, y, K, W, b)}
+    few = torch.argsort(torch.bincount(y), stable=True)[: max(2, K // 3)]  # rare in training, in every column
+    means = class_means(h, y, K)
+    result = {"train": measure(h, y, K, W, b) | measure_more(h, y, K, few, W)}
     if "test_h" in found:
-        result["test"] = measure_everything(found["test_h"], found["test_y"], K, W, b, S.mean)
-    maps = [("class distances", "mean squared distance", S.class_distances(), {})]
-    limits = {"vmin": -1, "vmax": 1}
-    maps += [("class means, centred", "cosine", cosines(S.centred_means()), limits)]
-    maps += [("class vectors", "cosine", cosines(W), limits)] if W is not None else []
-    figure = Figure(figsize=(4.6 * len(maps), 4), layout="constrained")
-    for ax, (title, label, values, limits) in zip(figure.subplots(1, len(maps)), maps, strict=True):
-        heat_map(figure, ax, values.cpu().numpy(), title, label, range(K), **limits)
-    place = "-".join((args.run or args.features.with_suffix("")).resolve().parts[-3:])
-    figure_path = args.out / "nc_metrics" / "features" / place / "maps.png"
-    save_figure(figure_path, figure)
+        of_test = found["test_h"], found["test_y"], K
+        test = measure(*of_test, W, b, means) | measure_more(*of_test, few, W)
+        result["test"] = {key: v for key, v in test.items() if not key.endswith("_W") and key != "nc0"}
+    if W is not None:  # what concerns W alone is the same for both splits
+        result["train"] |= {f"{key}_W": value for key, value in generalized_metrics(W).items()}
+        result["train"]["minority_angle_W"] = minority_angle(W, few)
     size = {"file": str(path), "N": len(h), "d": h.shape[1], "K": K}
-    if args.json:  # JSON knows neither nan nor inf
-        finite = {
-            split: {k: v if math.isfinite(v) else None for k, v in m.items()} for split, m in result.items()
-        }
-        print(json.dumps(size | finite, indent=1))
-        return size | result
-    targets, rows = collapse_targets(K, h.shape[1]), []
-    for key, (text, target) in EXPLAINED.items():
-        for end, whose in (("", ""), ("_M", ", means"), ("_W", ", class vectors")):
-            if key + end in result["train"]:
-                cells = [f"{measured[key + end]:.6g}" for measured in result.values()]
-                rows.append([text + whose, *cells, targets[target]])
-    print(f"{path}: N = {len(h):,}, d = {h.shape[1]}, K = {K}\n")
-    print(table(["metric", *result, "collapsed"], rows))
-    print("\nMeans are centred, but for ZNC. Minority: the smallest third of the classes.")
-    print(f"maps of the training features: {figure_path}")
+    if args.json:
+        print(to_json(size | result, indent=1))
+    else:
+        print(f"{path}: N = {len(h):,}, d = {h.shape[1]}, K = {K}\n")
+        print(report_table(result, collapse_targets(K, h.shape[1])))
+        print("\nMeans are centred, but for ZNC. Minority: the third of the classes rarest in training.")
+        print("nan: not defined, since nothing differs between classes or a vector is 0", end="")
+        print("; VCI: left out, d is too large for a d x d matrix" if h.shape[1] > 4096 else "")
+    place = re.sub(
+        r"[^\w.,+-]+", "-", "-".join((args.run or args.features.with_suffix("")).resolve().parts[-3:])
+    )
+    maps = {"class means, centred": cosines(class_sums(h, y, K).centred)}
+    maps |= {"class vectors": cosines(W)} if W is not None else {}
+    maps = {name: cosine.fill_diagonal_(math.nan).cpu().numpy() for name, cosine in maps.items()}
+    figure = args.out / "nc_metrics" / "features" / place.strip("-") / "cosines.png"
+    axes = {"xlabel": "class", "ylabel": "class"}
+    heat_maps(figure, maps, label="cosine", limits=(-1, 1), diverging=True, **axes)
+    if not args.json:
+        print(f"cosines of the training features' class means and of the class vectors: {figure}")
     return size | result
+
+
+def report_table(result: dict[str, dict], targets: dict[str, str]) -> str:
+    """A row per metric: of the class vectors, of the features of each split, and its value at collapse."""
+    rows = []
+    for key, (text, target) in EXPLAINED.items():
+        cells = []
+        vectors = "nc0" if key == "nc0" else f"{key}_W"
+        for split, name in (("train", vectors), *((split, None) for split in result)):
+            names = [name] if name else [key, f"{key}_M"] if key != "nc0" else []
+            values = [result[split][name] for name in names if name in result[split]]
+            cells.append(f"{values[0]:.6g}" if values else "")
+        if any(cells):
+            rows.append([text, *cells, targets[target]])
+    if not any(row[1] for row in rows):
+        return table(["metric", *result, "collapsed"], [[row[0], *row[2:]] for row in rows])
+    return table(["metric", "class vectors", *result, "collapsed"], rows)
 
 
 # %% [6] Command line
 
 
-# [copied: parser]
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):  # one line instead of the usage text; main turns it into exit code 2
-        raise UserError(message)
-
-
-# [end copied]
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line, with each default filled in and each value checked. Raises UserError."""
-    about = "Neural collapse: its metrics, and the fine-grained structure that they miss."
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    add = (parser := Parser("nc_metrics.py", description=about, formatter_class=formatter)).add_argument
-    add("--dataset", default="digits", help=f"{', '.join(SPECS)}, folder:PATH; with lt long-tailed")
-    add("--data-dir", type=Path, default="data", help="where NAME.npz is kept and downloads go")
-    add("--out", type=Path, default="runs", help="run folders go to OUT/nc_metrics/DATASET/METHOD/seedS")
-    add("--method", nargs="+", default=["ce"], choices=[*METHODS, "all"], help="loss, one or more")
-    add("--epochs", type=int, help="350; digits 100")
-    add("--batch-size", type=int, help="128; digits 64")
-    add("--lr", type=float, help="0.068; mnist 0.0133, fashionmnist 0.13, svhn 0.0096, digits 0.05")
-    add("--weight-decay", type=float, help="on all parameters; 5e-4")
-    add("--seed", type=int, nargs="+", default=[0], help="one or more; of weights, order, views and k-means")
-    add("--jobs", type=int, default=1, help="runs at a time, each a process of its own; they share the cores")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where it runs")
-    add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="inside the network only")
-    add("--compile", action="store_true", help="torch.compile the network")
-    add("--resume", action="store_true", help="go on from the last checkpoint")
-    add("--overwrite", action="store_true", help="start anew the runs that are there")
-    add("--dry-run", action="store_true", help="two steps of one epoch of everything, into OUT/dry-run")
-    add("--synthetic", action="store_true", help="check each metric against its closed form")
-    add("--features", type=Path, help="measure this npz file; its layout stands at the top of the script")
-    add("--run", type=Path, help="measure FOLDER/features.npz of a run of any script here")
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line, with every default filled in. Raises UserError."""
+    title = __doc__.partition("\n")[0]
+    flags = Arguments("nc_metrics", title, METHODS, ["ce"], RECIPES, eval_every=50)
+    add = flags.add
+    add("--features", type=a_path, help="measure this npz file; its layout stands at the top of the script")
+    add("--run", type=a_path, help="measure FOLDER/features.npz of a run of any script here")
     add("--json", action="store_true", help="with --features or --run: JSON on stdout instead of the table")
-    add("--net", choices=["auto", *NETWORKS], default="auto", help="auto: cnn for digits, else resnet18")
-    add("--per-class", type=int, help="training images of each class; mnist 5000, svhn 4600, else all")
+    add("--net", choices=list(NETWORKS), help="network")
+    add("--optimizer", choices=list(OPTIMIZERS), default="sgd", help="sgd has momentum 0.9")
+    add(
+        "--per-class", type=at_least(2), help="training images of each class; mnist 5000, svhn 4600, else all"
+    )
     add("--augment", action="store_true", help="random crops and flips; published runs have none")
     add("--coarse", choices=["pairs", "superclasses"], help="train on coarse labels, recover the fine ones")
     how = "features for k-means; the first is the one that is compared"
     add("--cluster", nargs="+", default=["l2", "raw", "whiten"], choices=CLUSTERINGS, help=how)
-    add("--grid", action="store_true", help="lr .1 .01 .001 x weight decay 5e-3 5e-4 5e-5, instead of --lr")
-    add("--imbalance", type=float, default=100.0, help="largest over smallest class, for lt")
-    add("--profile", choices=["exp", "step"], default="exp", help="shape of the long tail, for lt")
-    add("--subset-seed", type=int, default=0, help="which images a class keeps, for lt and --per-class")
-    add("--image-size", type=int, default=32, help="pixels, for folder:PATH")
-    args = parser.parse_args(argv)
-    args.words = sys.argv[1:] if argv is None else argv
-
-    if args.grid and (args.lr is not None or args.weight_decay is not None):
-        raise UserError("--grid: sets both itself; leave --lr and --weight-decay out")
-    args.weight_decay = 5e-4 if args.weight_decay is None else args.weight_decay
-    name = args.dataset.partition(":")[0]
-    recipe = RECIPES.get(name.removesuffix("lt"), PUBLISHED)
-    if name.endswith("lt"):
-        recipe = (*recipe[:2], None, recipe[3])  # a long tail is not cut to one size
-    for flag, value in zip(("epochs", "batch_size", "per_class", "lr"), recipe, strict=True):
-        if getattr(args, flag) is None:
-            setattr(args, flag, value)
-    if args.net == "auto":
-        args.net = "cnn" if name.removesuffix("lt") == "digits" else "resnet18"
-    least = dict(epochs=1, jobs=0, batch_size=4, image_size=1, per_class=2)  # no batch of one: BatchNorm
-    for flag, smallest in least.items():
-        value = getattr(args, flag)
-        if value is not None and value < smallest:
-            raise UserError(f"--{flag.replace('_', '-')} {value}: expected {smallest} or more")
-    if not 0 < args.lr < float("inf"):
-        raise UserError(f"--lr {args.lr}: expected a number above 0")
-    if not 0 <= args.weight_decay < 1:
-        raise UserError(f"--weight-decay {args.weight_decay}: expected a number from 0 to 1")
+    args = flags.parse(argv)
+    base, long_tailed, _ = split_name(args.dataset)
+    if args.lr is None:
+        args.lr = RATES.get(base, RATE) if args.optimizer == "sgd" else ADAM_RATE
+    if args.per_class is None and not long_tailed:
+        args.per_class = PER_CLASS.get(base)
+    for word in (args.coarse, args.optimizer if args.optimizer != "sgd" else None):
+        if word:
+            args.folder = args.folder.with_name(f"{args.folder.name}-{word}")
     if args.features and args.run:
         raise UserError("--features and --run: give one of them")
     if args.json and not (args.features or args.run):
         raise UserError("--json: only with --features FILE.npz or --run FOLDER")
-    args.method = list(METHODS) if "all" in args.method else list(dict.fromkeys(args.method))
-    args.seed, args.cluster = list(dict.fromkeys(args.seed)), list(dict.fromkeys(args.cluster))
-    if args.dry_run:
-        args.epochs, args.overwrite, args.out = 1, True, args.out / "dry-run"
+    args.cluster = list(dict.fromkeys(args.cluster))
     return args
 
 
-# Flags that say where or how often, not what is computed: a run may go on with other values of these.
-NOT_IN_CONFIG = {"out", "data_dir", "method", "seed", "device", "resume", "overwrite", "synthetic"}
-NOT_IN_CONFIG |= {"jobs", "words"}
-NOT_IN_CONFIG |= {"features", "run", "json", "grid"}
-
-
-def load(args: argparse.Namespace) -> tuple[Dataset, Fine | None]:
-    """The data set as it is trained on, and the fine labels if that is with coarse ones. Raises UserError."""
-    tail = dict(imbalance=args.imbalance, profile=args.profile, subset_seed=args.subset_seed)
-    data = load_dataset(args.dataset, args.data_dir, **tail, image_size=args.image_size)
+def with_coarse_labels(args: argparse.Namespace, data: Dataset) -> tuple[Dataset, Fine | None]:
+    """The data as it is trained on: --per-class images, --coarse labels, and then the fine ones beside it."""
     if args.per_class is not None:
-        keep = keep_per_class(data.train_y, len(data.classes), args.per_class, args.subset_seed)
+        keep = keep_per_class(data.train_y, args.per_class)
         data = data._replace(train_x=data.train_x[keep], train_y=data.train_y[keep])
-    K = len(data.classes)
-    for split, y in (("training", data.train_y), ("test", data.test_y)):
-        n = torch.bincount(y, minlength=K)
-        if K < 2 or n.min() == 0:
-            raise UserError(f"--dataset {args.dataset}: class {n.argmin()} has no {split} image, or no rival")
     if args.coarse is None:
         return data, None
     coarse, names = coarse_labels(data.classes, args.coarse)
     fine = Fine(data.train_y, data.test_y, data.classes, coarse)
-    return data._replace(train_y=coarse[data.train_y], test_y=coarse[data.test_y], classes=names), fine
-
-
-def program(args: argparse.Namespace) -> dict:
-    """Every loss, setting and seed, one after another; the table and the figures. Raises UserError."""
-    if args.synthetic:
-        return {"ok": synthetic(args.out / "nc_metrics" / "synthetic")}
-    if args.features or args.run:
-        return report(args)
-    device = pick_device(args.device)
-    args.precision = pick_precision(args.precision, device)
-    data, fine = load(args)
-    K, N = len(data.classes), len(data.train_y)
-    folder = args.dataset.replace(":", "-").replace("/", "-") + (f"-{args.coarse}" if args.coarse else "")
-    folder = args.out / "nc_metrics" / folder
-    size = sum(p.numel() for p in build_model(args.net, data.train_x.shape[3], K).parameters())
-    what = f"{K} coarse classes of {len(fine.classes)} fine ones" if fine else f"{K} classes"
-    print(f"{args.dataset}: {what}, {N:,} training images, {len(data.test_y):,} test images")
-    print(f"{hardware(device)}, {args.precision}; into {folder}")
-    print(f"{args.net}, {size:,} parameters; losses {args.method}, seeds {args.seed}; ", end="")
-    print(f"{args.epochs} epochs of {N:,} images, batch {args.batch_size}")
-    if args.jobs > 1:  # all are finished then, and what follows only reads them
-        run_side_by_side(Path(__file__), args, device)
-        args.resume, args.overwrite = True, False
-    runs = []
-    for lr, weight_decay in GRID if args.grid else [(args.lr, args.weight_decay)]:
-        args.lr, args.weight_decay = lr, weight_decay
-        place = folder / f"lr{lr:g}-wd{weight_decay:g}" if args.grid else folder
-        for name in args.method:
-            for seed in args.seed:
-                flags = {key: value for key, value in vars(args).items() if key not in NOT_IN_CONFIG}
-                flags |= {"method": name, "seed": seed}
-                again = dict(resume=args.resume, overwrite=args.overwrite)
-                run = Run(place / name / f"seed{seed}", flags, Path(__file__), **again, device=device)
-                if not run.finished:
-                    train(args, name, seed, data, fine, run, device)
-                elif args.jobs <= 1:  # else it was said when the run ended
-                    accuracy = 100 * run.finished["accuracy"]
-                    print(f"{run.folder}: done before, {accuracy:.2f}%; --overwrite redoes it")
-                draw_collapse(run.folder, run, f"{args.dataset}, {name}")
-                if fine:
-                    draw_fine(run.folder, run, fine)
-                runs.append(run)
-    if args.jobs == 0:  # one of several at once: the common table and figures are for the one who started us
-        return {"results": [run.finished for run in runs], "folder": str(folder)}
-    print(f"\n{results_table(runs)}")
-    print("Last epoch. NC1, CDNV, NC3: on training features, but for test NC1.")
-    if fine:
-        print(f"purity: of k-means ({args.cluster[0]}) in a coarse class; probe: trained on labels so found,")
-        print("tested on the true fine ones; true: trained on the true ones")
-        print(f"\n{fine_table(runs[0].finished['fine'])}")
-    print(f"\nfigures in {runs[0].folder} and the other run folders")
-    return {"results": [run.finished for run in runs], "folder": str(folder)}
-
-
-def fine_table(found: dict) -> str:
-    """What one run's features gave: a row for each source and clustering."""
-    rows = []
-    for source, r in found.items():
-        for how in (how for how in CLUSTERINGS if how in r):
-            keys = ("purity", "matched", "probe")
-            agreement = [f"{100 * r[how][key]:.2f}" for key in keys]
-            scores = [f"{r[how][key]:.3f}" for key in ("nmi", "ari")]
-            oracle = f"{100 * r['oracle_probe']:.2f}"
-            rows.append([f"{source}, {how}", *agreement, oracle, *scores, f"{r['sister_ratio']:.3f}"])
-    header = ["features, k-means on", "purity %", "train %", "probe %", "true %", "NMI", "ARI"]
-    return table([*header, "sisters / within"], rows)
+    data = data._replace(train_y=coarse[data.train_y], test_y=coarse[data.test_y], classes=names)
+    return data, fine
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Run the command line. Exit code 2 after bad input, 1 after a failed claim, 130 after Ctrl-C."""
-    try:
-        result = program(parse(argv))
-    except UserError as error:
-        print(f"nc_metrics.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        words = [w for w in (sys.argv[1:] if argv is None else argv) if w not in ("--resume", "--overwrite")]
-        command = shlex.join(["python", "nc_metrics.py", *words, "--resume"])
-        if words[-2:] != ["--jobs", "0"]:  # else the one who started us says it
-            print(f"\ninterrupted; go on with: {command}", file=sys.stderr)
-        sys.exit(130)
-    if result.get("ok") is False:
-        sys.exit(1)
-    return result
+    """Train with every loss and seed, print the table, draw the figures. Raises UserError."""
+    args = parse(argv)
+    if args.synthetic:
+        return check_theory(args.out / "nc_metrics" / "synthetic")
+    if args.features or args.run:
+        return report(args)
+    data, fine = with_coarse_labels(args, prepare_data(args))
+    what = f"{len(data.classes)} coarse classes of {len(fine.classes)} fine ones" if fine else "all classes"
+    print(f"trains on {what}, {len(data.train_y):,} training images")
+    runs = []
+    for name in args.method:
+        for seed in args.seed:
+            run = open_run(args, name, seed, data)
+            if not run.finished:
+                model = train(args, name, seed, data, run)
+                run.finish(conclude(args, data, fine, model, run))
+                draw_collapse(run)
+                if fine:
+                    draw_fine(run, fine)
+                else:
+                    draw_falling(run, data.classes)
+            runs.append(run)
+    print_results(runs, fine, args)
+    return {"results": [run.finished for run in runs], "folder": str(args.folder)}
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main)
