@@ -1789,8 +1789,11 @@ class Run:
             about["best_accuracy"] = max(tested)
         about["seconds"] = sum(line["seconds"] for line in self.history)
         result = {**about, **measured}
-        self._write("result.json", lambda part: part.write_text(to_json(result, indent=1)))
-        self.finished = from_json(to_json(result))
+        with first_rank_first():
+            self._write("result.json", lambda part: part.write_text(to_json(result, indent=1)))
+            written = Run(self.folder)  # the other ranks have not tested
+        self.history = written.history
+        self.finished = written.finished
         return self.finished
 
 
