@@ -65,10 +65,15 @@ def neural_collapse(h: Tensor, W: Tensor, y: Tensor, b: Tensor | None = None) ->
     """NC0 to NC4 as in a textbook; 0 is full collapse.
 
     Features h (N, d), class vectors W (K, d), labels y (N,), biases b (K,). O(N d^2). Everything else in this
-    file takes the same quantities from common.py, which needs no d x d matrix.
+    file takes the same quantities from common.py, which needs no d x d matrix. Raises ValueError for a class
+    without samples.
     """
-    h, W = h.double(), W.double()
-    N, K = len(h), len(W)
+    h = h.double()
+    W = W.double()
+    N = len(h)
+    K = len(W)
+    if (torch.bincount(y, minlength=K) == 0).any():
+        raise ValueError("a class has no sample")
     M = torch.stack([h[y == k].mean(0) for k in range(K)])  # (K, d) mu_k
     Z = h - M[y]  # (N, d) each feature less its class's mean
     C = M - M.mean(0)  # (K, d) mu_k - mu_G
@@ -301,7 +306,10 @@ def mixture(depth: int, steps: int, seed: int, width: int = 256) -> list[dict]:
 
 def check_theory(folder: Path) -> dict:
     """Print the chapter's claims, each measure against its closed form; draw synthetic.png."""
-    K, d, r, sigma = 10, 32, 3.0, 0.2
+    K = 10
+    d = 32
+    r = 3.0  # length of the means
+    sigma = 0.2
     claims = Claims()
     etf = simplex(K, d)
 
@@ -469,7 +477,8 @@ RECIPES = {
 }
 # Learning rates of SGD, those of the released ZNC code for ResNet-18; and the class size it cuts to
 RATES = {"digits": 0.05, "mnist": 0.0133, "fashionmnist": 0.13, "svhn": 0.0096}
-RATE, ADAM_RATE = 0.068, 0.001
+RATE = 0.068
+ADAM_RATE = 0.001
 PER_CLASS = {"mnist": 5000, "svhn": 4600}
 MILESTONES = {1, 2, 3, 4, 5, 7, 9, 11, 14, 18, 23, 28, 34, 41, 49, 59, 70, 82, 95, 110, 127, 145, 165, 187}
 MILESTONES |= {211, 237, 265, 295, 327, 350}  # epochs at which all is measured, as in that code
@@ -597,7 +606,8 @@ def measure_model(model: nn.ModuleDict, data: Dataset, run: Run) -> tuple[dict, 
     K = len(data.classes)
     train_h, test_h = (embed(model["network"], x, data, run) for x in (data.train_x, data.test_x))
     device = train_h.device
-    train_y, test_y = data.train_y.to(device), data.test_y.to(device)
+    train_y = data.train_y.to(device)
+    test_y = data.test_y.to(device)
     W, b = (parameter.detach().to(device) for parameter in model["classifier"].parameters())
     result = {
         "accuracy": float(((test_h @ W.T + b).argmax(1) == test_y).double().mean()),
@@ -651,8 +661,10 @@ def fine_structure(h: Tensor, test_h: Tensor, fine: Fine, clusterings: list[str]
     D = class_distances(h, fine.train_y)
     sister, other = distance_ratios(D, fine.coarse)
     coarse_y = fine.coarse[fine.train_y].numpy()
-    y, test_y = fine.train_y.numpy(), fine.test_y.numpy()
-    h, test_h = h.cpu().numpy(), test_h.cpu().numpy()
+    y = fine.train_y.numpy()
+    test_y = fine.test_y.numpy()
+    h = h.cpu().numpy()
+    test_h = test_h.cpu().numpy()
     result = {"sister_ratio": sister, "other_ratio": other, "class_distances": D.tolist()}
     result["oracle_probe"] = probe_accuracy(h, y, test_h, test_y)
     for how in clusterings:
@@ -952,19 +964,18 @@ def report(args: argparse.Namespace) -> dict:
 
 def report_table(result: dict[str, dict], targets: dict[str, str]) -> str:
     """A row per metric: of the class vectors, of the features of each split, and its value at collapse."""
+
+    def cell(measured: dict, *names: str) -> str:
+        values = [measured[name] for name in names if name in measured]
+        return f"{values[0]:.6g}" if values else ""
+
     rows = []
     for key, (text, target) in EXPLAINED.items():
-        cells = []
-        vectors = "nc0" if key == "nc0" else f"{key}_W"
-        for split, name in (("train", vectors), *((split, None) for split in result)):
-            names = [name] if name else [key, f"{key}_M"] if key != "nc0" else []
-            values = [result[split][name] for name in names if name in result[split]]
-            cells.append(f"{values[0]:.6g}" if values else "")
+        of_splits = [cell(measured, key, f"{key}_M") for measured in result.values()]
+        cells = [*of_splits, cell(result["train"], f"{key}_W")]
         if any(cells):
             rows.append([text, *cells, targets[target]])
-    if not any(row[1] for row in rows):
-        return table(["metric", *result, "collapsed"], [[row[0], *row[2:]] for row in rows])
-    return table(["metric", "class vectors", *result, "collapsed"], rows)
+    return table(["metric", *result, "class vectors", "collapsed"], rows)
 
 
 # %% [6] Command line
