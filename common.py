@@ -1600,35 +1600,31 @@ def write_atomically(path: Path, write, shared: bool = False) -> None:
             part.unlink(missing_ok=True)
 
 
-def _exchange(content, old, new):
-    """JSON content with `new` in place of each value for which old(value): nan is written as null."""
+def _exchange(content, exchange):
+    """A copy of dicts and lists of any depth, each value in them exchanged."""
     if isinstance(content, dict):
-        return {key: _exchange(value, old, new) for key, value in content.items()}
+        return {key: _exchange(value, exchange) for key, value in content.items()}
     if isinstance(content, list | tuple):
-        return [_exchange(value, old, new) for value in content]
-    return new if old(content) else content
+        return [_exchange(value, exchange) for value in content]
+    return exchange(content)
 
 
 def to_json(content, **layout) -> str:
     """Strict JSON, which knows no nan and no infinity: both become null."""
-    plain = _exchange(content, lambda v: isinstance(v, float) and not math.isfinite(v), None)
+    plain = _exchange(content, lambda v: None if isinstance(v, float) and not math.isfinite(v) else v)
     return json.dumps(plain, allow_nan=False, **layout)
 
 
-def from_json(text: str):
-    """What to_json wrote, with nan for null."""
-    return _exchange(json.loads(text), lambda v: v is None, math.nan)
-
-
-def _json_object(text: str) -> dict:
-    content = from_json(text)
+def from_json(text: str) -> dict:
+    """What to_json wrote of a dict, with nan for null. Raises ValueError for anything else."""
+    content = _exchange(json.loads(text), lambda v: math.nan if v is None else v)
     if not isinstance(content, dict):
         raise ValueError("no JSON object")
     return content
 
 
-def _json_epochs(text: str) -> list[dict]:
-    lines = [_json_object(line) for line in text.splitlines()]
+def _epochs_from_json(text: str) -> list[dict]:
+    lines = [from_json(line) for line in text.splitlines()]
     if [line.get("epoch") for line in lines] != list(range(1, len(lines) + 1)):
         raise ValueError("its epochs are not 1, 2, 3, ...")
     return lines
@@ -1649,10 +1645,10 @@ class Run:
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
-        self.config = self._read("config.json", _json_object)
-        self.finished = self._read("result.json", _json_object)
+        self.config = self._read("config.json", from_json)
+        self.finished = self._read("result.json", from_json)
         self.name = self.finished.get("method") if self.finished else None
-        self.history = self._read("metrics.jsonl", _json_epochs) or []
+        self.history = self._read("metrics.jsonl", _epochs_from_json) or []
 
     def _read(self, name: str, parse):
         path = self.folder / name
@@ -1811,7 +1807,7 @@ def open_run(args: argparse.Namespace, name: str, seed: int, data: Dataset, **fl
     """
     folder = args.folder / name / f"seed{seed}"
     about = {key: value for key, value in vars(args).items() if key not in NOT_IN_CONFIG}
-    about = from_json(to_json({**about, "method": name, "seed": seed, **flags}, default=str))
+    about = json.loads(to_json({**about, "method": name, "seed": seed, **flags}, default=str))
     with first_rank_first():
         if args.overwrite and not ranks()[0]:
             _clear(folder)
@@ -1845,7 +1841,7 @@ def _clear(folder: Path) -> None:
 def _check_same(run: Run, flags: dict, data: Dataset) -> None:
     before = run.config.get("flags", {})
     for flag in sorted(before.keys() | flags.keys()):
-        if to_json(before.get(flag)) != to_json(flags.get(flag)):  # null is read as nan, and nan is not nan
+        if to_json(before.get(flag)) != to_json(flags.get(flag)):  # nan, read for null, equals nothing
             changed = f"--{flag.replace('_', '-')} {before.get(flag)}, not {flags.get(flag)}"
             raise UserError(f"{run.folder}: was run with {changed}; --overwrite it or choose another --out")
     if run.config.get("data") != data.fingerprint:

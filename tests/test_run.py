@@ -123,7 +123,7 @@ def test_nan_is_null_in_the_files_and_nan_again_when_read(start, folder):
     found = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert found["few"] is None and found["nested"] == [{"worst": None}] and found["best"] == 0.5
     assert math.isnan(Run(folder).finished["few"])
-    assert math.isnan(from_json(to_json({"a": [1, math.nan]}))["a"][1])
+    assert math.isnan(from_json(to_json({"a": [[1, math.nan]]}))["a"][0][1])
 
 
 def test_features_are_plain_arrays(start, folder):
