@@ -27,7 +27,7 @@ five pairs), cluster the features inside each coarse class, and the fine labels 
     python nc_metrics.py --run runs/bmls_msclf/digitslt/ce/seed0      measure what another script has trained
     python nc_metrics.py --features features.npz --json               or any file of features
     python nc_metrics.py --dataset cifar10 --coarse pairs --net cnn --per-class 1000 --epochs 50 --lr 0.05
-    python nc_metrics.py --dataset mnist --optimizer adamw      SGD and Adam collapse, AdamW does not
+    python nc_metrics.py --dataset mnist --optimizer adamw      published: SGD and Adam collapse, it does not
 
 FEATURES OF ANY FRAMEWORK: an npz file with the arrays
     train_h (N, d) float, train_y (N,) integers 0..K-1; and if there are any: test_h, test_y (the same),
@@ -255,7 +255,7 @@ def around(means: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
     return h, torch.arange(K).repeat_interleave(2 * d)
 
 
-def layer_peeled(K: int, n: int, reg: float) -> tuple[Tensor, Tensor, Tensor]:
+def peeled_optimum(K: int, n: int, reg: float) -> tuple[Tensor, Tensor, Tensor]:
     """Optimal features H (K n, d), class vectors W (K, d) and labels where every sample's feature is free."""
     generator = torch.Generator().manual_seed(0)
     y = torch.arange(K).repeat_interleave(n)
@@ -332,7 +332,7 @@ def check_theory(folder: Path) -> dict:
     distance, _ = one_vs_rest_distance(torch.cat([corners, -corners]))
     claims.equal("Ten directions in five dimensions: one-vs-rest distance", 1, float(distance.min()), 1e-6)
 
-    H, W, y = layer_peeled(K, 4, 0.02)
+    H, W, y = peeled_optimum(K, 4, 0.02)
     worst = max(neural_collapse(H, W, y).values())
     claims.equal("The layer-peeled model collapses wholly: largest of NC0 to NC4", 0, worst, 1e-6)
 
@@ -620,21 +620,16 @@ def measure_model(model: nn.ModuleDict, data: Dataset, run: Run) -> tuple[dict, 
     return result, arrays
 
 
-def plane(h: Tensor, y: Tensor) -> list[list[list[float]]]:
+def plane(h: Tensor, y: Tensor) -> list:
     """Forty features of each of the first three classes, in the plane of their means, for a picture.
 
-    Their means are centred at 0 and have mean length 1; the first lies on the x axis. Two classes: a line.
+    The means are centred at 0 and have mean length 1; the first lies on the x axis.
     """
-    shown = torch.isin(y, torch.arange(3, device=y.device))
-    K = min(3, int(y.max()) + 1)
-    sums = class_sums(h[shown], y[shown], K)
-    axes = torch.linalg.qr(sums.centred[:2].T).Q  # (d, 2)
-    scale = sums.centred.norm(dim=1).mean()
-    found = []
-    for k in range(K):
-        z = (h[y == k][:40].double() - sums.mean.mean(0)) @ axes / scale
-        found.append([[round(v, 3) for v in row] for row in z.tolist()])
-    return found
+    shown = y < 3
+    sums = class_sums(h[shown], y[shown])
+    axes = torch.linalg.qr(sums.centred[:2].T).Q / sums.centred.norm(dim=1).mean()  # (d, 2)
+    features = [h[y == k][:40].double() - sums.mean.mean(0) for k in range(len(sums.mean))]
+    return [(z @ axes).round(decimals=3).tolist() for z in features]
 
 
 @torch.no_grad()

@@ -124,7 +124,7 @@ def test_one_vs_rest_distances():
 
 
 def test_layer_peeled_features_collapse_in_every_measure():
-    H, W, y = script.layer_peeled(5, 3, 0.02)
+    H, W, y = script.peeled_optimum(5, 3, 0.02)
     measured = script.measure(H, y, 5, W)
     assert measured.pop("nc1_rank") == 4
     assert all(abs(value) < 1e-6 for value in measured.values())
