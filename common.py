@@ -668,11 +668,13 @@ class Batches:
             yield part, *(self._crop(rows, column) for column in batch)
 
 
-def split_evenly(T: int, batch_size: int, count: int = 1) -> list[slice]:
+def split_evenly(T: int, batch_size: int, count: int | None = None) -> list[slice]:
     """ceil(T / batch_size) batches, sizes equal to within one, so that no small rest is left over.
 
-    For count processes each size is a multiple of count, and up to count - 1 of T are left out.
+    For count processes (torchrun's, if not given) each size is a multiple of count, and up to count - 1 of
+    T are left out.
     """
+    count = count or ranks()[1]
     shares = T // count
     steps = min(-(-T // batch_size), shares)
     edges = [count * round(shares * i / steps) for i in range(steps + 1)]
