@@ -1999,14 +1999,14 @@ def _describe(run: Run, flags: dict, data: Dataset) -> None:
     run._write("config.json", lambda part: part.write_text(to_json(run.config, indent=1)))
 
 
-def finished_runs(args: argparse.Namespace, runs: list[Run]) -> list[Run]:
-    """Every finished run of args.folder with the flags of `runs`, method and seed aside: for common figures.
+def finished_runs(args: argparse.Namespace, runs: list[Run], aside: tuple = ("method",)) -> list[Run]:
+    """Every finished run of args.folder with the flags of `runs`, seed and `aside` aside: for common figures.
 
     So a later call with fewer methods draws no fewer curves.
     """
 
     def setting(run: Run) -> dict:
-        return {key: value for key, value in run.config["flags"].items() if key not in ("method", "seed")}
+        return {key: value for key, value in run.config["flags"].items() if key not in ("seed", *aside)}
 
     found = [Run(path.parent) for path in sorted(args.folder.glob("*/seed*/result.json"))]
     settings = [setting(run) for run in runs]
