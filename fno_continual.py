@@ -521,7 +521,7 @@ LOSSES = {
 # Published for split MNIST, CIFAR-10 and CIFAR-100 (Buzzega et al. 2020); digits are ours. Epochs per task.
 RECIPES = {
     "": {"tasks": 5, "epochs": 50, "batch_size": 32, "net": "resnet18", "augment": True, "buffer": [200]},
-    "digits": {"epochs": 5, "batch_size": 10, "net": "mlp", "augment": False, "buffer": [50]},
+    "digits": {"epochs": 12, "batch_size": 10, "net": "mlp", "augment": False, "buffer": [50]},
     "mnist": {"epochs": 1, "batch_size": 10, "net": "mlp", "augment": False},
     "fashionmnist": {"epochs": 1, "batch_size": 10, "net": "mlp", "augment": False},
     "cifar100": {"tasks": 10},
