@@ -155,6 +155,15 @@ def load_dataset(
     return Dataset(train_x, train_y, test_x, test_y, classes, mean, std, pad, flip, fingerprint)
 
 
+def keep_per_class(y: Tensor, n: int, seed: int = 0) -> Tensor:
+    """Sorted numbers of n images per class, drawn at random, or all of a class with fewer; at least one."""
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
+    order = order[y[order].argsort(stable=True)]  # class after class, shuffled within
+    counts = torch.bincount(y)
+    first = (counts.cumsum(0) - counts).repeat_interleave(counts)  # where the image's class begins
+    return order[torch.arange(len(y)) - first < max(n, 1)].sort().values
+
+
 _ARRAYS = ("train_x", "train_y", "test_x", "test_y")
 
 
@@ -668,11 +677,13 @@ class Batches:
             yield part, *(self._crop(rows, column) for column in batch)
 
 
-def split_evenly(T: int, batch_size: int, count: int = 1) -> list[slice]:
+def split_evenly(T: int, batch_size: int, count: int | None = None) -> list[slice]:
     """ceil(T / batch_size) batches, sizes equal to within one, so that no small rest is left over.
 
-    For count processes each size is a multiple of count, and up to count - 1 of T are left out.
+    For count processes (torchrun's, if not given) each size is a multiple of count, and up to count - 1 of
+    T are left out.
     """
+    count = count or ranks()[1]
     shares = T // count
     steps = min(-(-T // batch_size), shares)
     edges = [count * round(shares * i / steps) for i in range(steps + 1)]
@@ -1628,8 +1639,11 @@ class Arguments(argparse.ArgumentParser):
         return args
 
 
-def prepare_data(args: argparse.Namespace) -> Dataset:
-    """The data that --dataset names; prints what and where, settles args.device and args.precision."""
+def prepare_data(args: argparse.Namespace, per_class: int = 0) -> Dataset:
+    """The data that --dataset names; prints what and where, settles args.device and args.precision.
+
+    per_class: so many images of each class stay in a dry run, where two batches have fewer.
+    """
     args.device = join_ranks(pick_device(args.device))
     args.precision = pick_precision(args.precision, args.device)
     tail = {"imbalance": args.imbalance, "profile": args.profile}
@@ -1638,7 +1652,7 @@ def prepare_data(args: argparse.Namespace) -> Dataset:
             args.dataset, args.data_dir, **tail, image_size=args.image_size, test_share=args.test_share
         )
     if args.dry_run:
-        data = cut_for_dry_run(data, args.batch_size)
+        data = cut_for_dry_run(data, max(args.batch_size, per_class * len(data.classes)))
     least = 2 * ranks()[1]  # BatchNorm needs two images in each process
     if args.batch_size < least:
         raise UserError(f"--batch-size {args.batch_size}: for {ranks()[1]} processes, {least} or more")

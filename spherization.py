@@ -2,17 +2,18 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch", "torchvision", "numpy", "matplotlib", "scikit-learn", "tqdm"]
 # ///
-"""Representation using only angles: the Spherization layer.
+"""Classes that only the length of a feature keeps apart, and a layer that leaves angles alone: Spherization.
 
 Sources: H. Kim, From Theory to Remedy (doctoral thesis, GIST), part 1, of which we have the abstract, and the
-code and read-me published with the paper it builds on (NeurIPS 2022). The paper's text we do not have.
+code and read-me published with the paper it builds on (NeurIPS 2022): "released" below. The paper's text we
+do not have.
 
 WHAT COLLAPSES. A classifier trained by inner products, z_k = w_k . h + b_k, may tell classes apart by the
 length of h as much as by its direction. Whatever then looks at angles alone (cosine similarity, retrieval,
 prototypes) sees such classes on top of each other: in a layer-peeled model with ReLU features and a bias all
 K classes may lie on one ray, perfectly classified and, by angle, all the same (--synthetic).
 
-THE REMEDY gives length nothing to say. The last hidden layer's output z in R^n, no ReLU, becomes n angles,
+THE REMEDY leaves length nothing to say. The last hidden layer's output z in R^n, no ReLU, becomes n angles,
 and the angles become a point of the sphere of radius r in R^(n+1); a linear layer without bias reads it.
 
     phi_k = (pi/2 - phi_L) sigmoid(s z_k) + phi_L                 s: learnable scale, r: fixed radius
@@ -20,77 +21,40 @@ and the angles become a point of the sphere of radius r in R^(n+1); a linear lay
     phi_L = arcsin(delta^(1/n))                                   so that every product of sines is >= delta
 
     python spherization.py                                        digits, with and without; under a minute
-    python spherization.py --synthetic                            the layer's promises, claim by claim
+    python spherization.py --synthetic                            the theory above, claim by claim
     python spherization.py --task fewshot --dataset cifar100      FC100, with and without, two metrics
 
-Tasks: `retain`, is accuracy kept? `overlap`, what does the norm hide? `visualise`, features of two and three
-dimensions; `fewshot`, prototypical networks, where angles are all that is used.
+Tasks: `retain`, is accuracy kept? `overlap`, what does the norm hide? `fewshot`, prototypical networks, where
+angles are all that is used.
 
-WHAT TO EXPECT. On digits (3 seeds) 98.0 ± 0.3% without the layer and 98.4 ± 0.2 with it; by angle alone
-(nearest class mean) 96.7 ± 0.3 and 98.2 ± 0.2. At the published length (1 seed) LeNet-5 on MNIST has 98.87
-and 99.08, the MLP 98.02 and 98.58, with swings of half a point between tests. Trained for a few epochs
-only, VGG-11 on CIFAR-10 and few-shot on FC100 are in results/spherization.md; there the layer is behind.
+WHAT WE COMPUTE DIFFERENTLY
+- The released code multiplies log-sines by a triangular (n+1) x (n+1) matrix and adds 1e-6 inside each
+  logarithm, which lengthens x (at n = 4096 by 0.04% of r, and by 0.4% where all angles are alike). A
+  triangular matrix of ones is a cumulative sum: O(n), and without the 1e-6 exact. benchmarks/spherization.py
+  has the released form, and compares.
+- The released w-linear and w-sigmoid are g(acos(clip(||h|| cos(theta)))), with logits of -1 to 1. Ours are
+  ||h|| g(theta), SphereNet's formula; published percentages come from the released form.
+- The released `none` normalises its input and divides the bias by ||w||; ours is the plain inner product.
 
-WHAT WE COMPUTE DIFFERENTLY. The published code multiplies log-sines by a triangular (n+1) x (n+1) matrix and
-adds epsilon = 1e-6 inside each logarithm, which lengthens x (by 0.04% at n = 4096). A triangular matrix of
-ones is a cumulative sum: O(n), and without the epsilon exact (`Spherize`; `MatrixForm` is the published one).
-
-WHAT THE SOURCE LEAVES OPEN, and what we chose.
-- `learnable` is about s alone, as in the published runs; r stays fixed. s = r = 5, but s = 1 for features of
-  two or three dimensions (published there: s = r = 1, and ten times the steps).
-- `projected` (z scaled to the sphere) is drawn without a ReLU: behind one its few units died in our runs.
-- "Overlapping samples" are published as counts (24.39% of them misclassified for cosine, 0.00% for the
-  layer) without a definition or code. Ours: `overlap`, with tau swept. Counts are not comparable.
-- Test images are never used to select anything. The last epoch is reported, the best beside it.
-- Baselines keep their biases, and for VGG their second ReLU and dropout, as published; `none` has no bias.
-- SphereNet's operators replace the last layer's inner product. The published code also normalises the input
-  of its `Original` row and divides the bias by ||w||; our `none` is the plain inner product.
-- Few-shot: the published network ends in a max-pool, the spherized one in a convolution and BatchNorm. What
-  that change alone does is told by the rows +last. Training images are not augmented (not stated).
-- Schedules keep their shape when --epochs is changed.
+WHAT THE SOURCE LEAVES OPEN, and what we chose
+- `learnable` is about s alone, as in the released runs; r stays fixed. s = r = 5, but s = 1 for features of
+  two or three dimensions (released there: s = r = 1, and ten times the steps).
+- `projected` (z scaled to the sphere) has no ReLU: behind one its few units died in our runs.
+- "Overlapping samples" are published as counts without a definition or code. Ours: `overlap`, with tau
+  swept. Counts are not comparable.
+- The last epoch is reported, and the best one tested beside it; test images select nothing.
+- Baselines keep their biases, and for VGG their second ReLU and dropout, as released; `none` has no bias.
+- Few-shot: the released network ends in a max-pool, the spherized one in a convolution and BatchNorm. What
+  that change alone does is shown by the rows +last. Training images are not augmented (not stated).
+- A schedule keeps its shape when --epochs is changed.
 """
 
-import argparse
-import itertools
+# %% [1] The method. This cell needs nothing else, so that it can be pasted into a notebook
 import math
-import shlex
-import sys
-import time
-from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
-from scipy.optimize import brentq
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torchvision.models.vgg import cfgs, make_layers
-from tqdm import tqdm
-
-from common import (
-    SPECS,
-    Batches,
-    Dataset,
-    Run,
-    TrainingStep,
-    UserError,
-    coarse_labels,
-    concatenate,
-    hardware,
-    load_dataset,
-    mean_std,
-    metric_device,
-    pick_device,
-    pick_precision,
-    run_side_by_side,
-    split_evenly,
-    table,
-    write_atomically,
-)
-
-# %% [1] The method
 
 
 def lower_bound(n: int, delta: float = 1e-6) -> float:
@@ -98,122 +62,59 @@ def lower_bound(n: int, delta: float = 1e-6) -> float:
 
     It nears pi/2 as n grows: 0.001 at n = 2, 1.27 at 300, 1.49 at 4096.
     """
-    # sin(phi_L)^n = delta; the cap (published) would only matter beyond n = 110,000
+    # sin(phi_L)^n = delta; the cap (released) would only matter beyond n = 110,000
     return min(math.asin(delta ** (1 / n)), 0.99 * math.pi / 2)
 
 
-CHUNK = 2**18  # numbers worked on at once: intermediate results stay in the cache and need next to no memory
+def spherize(z: Tensor, s: Tensor | float, r: float = 5.0, delta: float = 1e-6) -> Tensor:
+    """Points of the sphere of radius r: z (..., n) and scale s -> x (..., n+1). Time and memory O(n).
 
-
-class Spherize(torch.autograd.Function):
-    """z (N, n), scale s () -> x (N, n+1) of norm r. Time O(N n); keeps z, x and P for the backward pass.
-
-    With P_k = r sin(phi_1) ... sin(phi_k), which is also the length of what follows x_k:
-        x_k = P_{k-1} cos(phi_k),   x_{n+1} = P_n,   P_k = ||(x_{k+1}, ..., x_{n+1})||
-    A product of thousands of sines just below 1 would add up their rounding errors (2e-5 at n = 4096).
-    Instead we compute the complement psi = pi/2 - phi, small where phi is near pi/2, and from it
-        cos(phi) = sin(psi) =: c,   log sin(phi) = 1/2 log(1 - c^2),   P_k = r exp(sum_{j<=k} log sin(phi_j))
-    Left to autograd, the same lines need three to seven times the memory (benchmarks/spherization.py): that
-    is why the derivative is written out.
+    With P_k = sin(phi_1) ... sin(phi_k):   x_k = r cos(phi_k) P_{k-1},   x_{n+1} = r P_n
     """
-
-    @staticmethod
-    def forward(ctx, z: Tensor, s: Tensor, phi_L: float, r: float) -> Tensor:
-        N, n = z.shape
-        P, x = torch.empty_like(z), z.new_empty(N, n + 1)
-        for start in range(0, N, rows := max(1, CHUNK // n)):
-            i = slice(start, start + rows)
-            a = z[i] * s
-            c = torch.sigmoid(-a).mul_(math.pi / 2 - phi_L).sin_()  # cos(phi) = sin(psi), (rows, n)
-            log_sine = (c * c).neg_().log1p_().mul_(0.5)
-            if phi_L < math.pi / 4:  # n < 40: phi may be small, and then 1 - c^2 has lost its digits
-                phi = torch.sigmoid(a).mul_(math.pi / 2 - phi_L).add_(phi_L)
-                log_sine = torch.where(c < 0.75, log_sine, phi.sin_().log_())
-            torch.cumsum(log_sine, 1, out=P[i]).exp_().mul_(r)
-            x[i, 0], x[i, 1:] = r, P[i]  # the cumulative product, shifted by one,
-            x[i, :-1] *= c  # times the cosines
-        ctx.save_for_backward(z, s, x, P)
-        ctx.range = math.pi / 2 - phi_L
-        return x
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g: Tensor):
-        z, s, x, P = ctx.saved_tensors
-        n = z.shape[1]
-        dz, ds = torch.empty_like(z), torch.zeros_like(s)
-        for start in range(0, len(z), rows := max(1, CHUNK // n)):
-            i = slice(start, start + rows)
-            # dx_k/dphi_k = -P_k,   dx_m/dphi_k = x_m cot(phi_k) for m > k,   cot(phi_k) = x_k / P_k
-            # dL/dphi_k = x_k/P_k sum_{m>k} g_m x_m - g_k P_k
-            after = (g[i, 1:] * x[i, 1:]).flip(1).cumsum(1).flip(1)  # from the small end: keeps its digits
-            d = after.mul_(x[i, :-1]).div_(P[i]).addcmul_(g[i, :-1], P[i], value=-1)  # (rows, n)
-            sigmoid = torch.sigmoid(z[i] * s)
-            d.mul_(sigmoid).mul_(sigmoid.neg_().add_(1)).mul_(ctx.range)  # dphi/da, a = s z
-            ds += (d * z[i]).sum()
-            torch.mul(d, s, out=dz[i])
-        return dz, ds, None, None
+    n = z.shape[-1]
+    phi_L = lower_bound(n, delta)
+    if n < 40:
+        phi = (math.pi / 2 - phi_L) * torch.sigmoid(s * z) + phi_L  # (..., n)
+        cos = phi.cos()
+        log_sin = phi.sin().log()
+    else:  # sines just below 1, whose rounding errors would add up: take them from the cosines
+        psi = (math.pi / 2 - phi_L) * torch.sigmoid(-s * z)  # (..., n): pi/2 - phi
+        cos = psi.sin()
+        log_sin = 0.5 * torch.log1p(-cos * cos)
+    P = log_sin.cumsum(-1).exp()  # (..., n)
+    one = torch.ones_like(z[..., :1])
+    return r * torch.cat([cos, one], -1) * torch.cat([one, P], -1)
 
 
 class Spherization(nn.Module):
     """The Spherization layer: z (B, n) -> x (B, n+1), or channels (B, n, H, W) -> (B, n+1, H, W); ||x|| = r.
 
-    Put it where the last hidden layer's ReLU was and follow it by a linear layer or convolution without bias:
-    a bias would let a class be told by how far its features lie from a plane, not by their direction. Always
-    in float32 or better: in bf16 the sphere would be 0.4% thick.
+    Put it where the last hidden layer's ReLU was, and a linear layer or convolution without bias after it:
+    with a bias a class could be recognised by the distance of its features from a plane, not by their
+    direction. Always in float32 or better: in bf16 the sphere would be 0.4% thick.
     """
 
-    def __init__(
-        self, n: int, radius: float = 5.0, scale: float = 5.0, delta: float = 1e-6, learnable: bool = True
-    ):
+    def __init__(self, n: int, radius: float = 5.0, scale: float = 5.0, delta: float = 1e-6):
         super().__init__()
         if n < 1 or not (0 < radius < math.inf and 0 < scale < math.inf and 1e-30 <= delta < 1):
             raise ValueError(f"Spherization: n {n}, radius {radius}, scale {scale}, delta {delta}")
-        self.n, self.radius, self.phi_L = n, radius, lower_bound(n, delta)
-        self.s = nn.Parameter(torch.tensor(float(scale)), requires_grad=learnable)
+        self.n = n
+        self.radius = radius
+        self.delta = delta
+        self.s = nn.Parameter(torch.tensor(float(scale)))
 
     def forward(self, z: Tensor) -> Tensor:
         if z.ndim < 2 or z.shape[1] != self.n:
-            raise ValueError(
-                f"Spherization of {self.n}: got {tuple(z.shape)}, expected (B, n) or (B, n, H, W)"
-            )
-        z = z.to(torch.promote_types(z.dtype, torch.float32))
-        s = self.s.to(z.dtype)
-        if z.ndim == 2:
-            return Spherize.apply(z, s, self.phi_L, self.radius)
-        pixels = z.movedim(1, -1)  # (B, H, W, n)
-        x = Spherize.apply(pixels.reshape(-1, self.n), s, self.phi_L, self.radius)
-        return x.view(*pixels.shape[:-1], self.n + 1).movedim(-1, 1)
+            shape = tuple(z.shape)
+            raise ValueError(f"Spherization of {self.n}: got {shape}, expected (B, n) or (B, n, H, W)")
+        z = z.to(torch.promote_types(z.dtype, torch.float32)).movedim(1, -1)  # (B, n) or (B, H, W, n)
+        return spherize(z, self.s, self.radius, self.delta).movedim(-1, 1)
 
 
 def angles(x: Tensor) -> Tensor:
     """The inverse: x (..., n+1) -> phi (..., n) in radians, phi_k = atan2(||x_{>k}||, x_k)."""
-    tail = x.square().flip(-1).cumsum(-1).flip(-1)[..., 1:].sqrt()  # P_k
+    tail = x.square().flip(-1).cumsum(-1).flip(-1)[..., 1:].sqrt()  # ||x_{>k}|| = r P_k
     return torch.atan2(tail, x[..., :-1])
-
-
-class MatrixForm(nn.Module):
-    """The layer as published, with matrices of O(n^2): to compare with. z (B, n) -> x (B, n+1).
-
-    theta = W_theta^T phi repeats the last angle
-    x = r exp(W_phi^T log(|sin theta| + e) + log(|cos(theta + b)| + e))
-    W_phi: ones above the diagonal, but 0 at [n-1, n]; b = (0, ..., 0, -pi/2); pi is cut to 3.141592 there.
-    """
-
-    def __init__(self, n: int, radius: float = 5.0, scale: float = 5.0, delta: float = 1e-6, e: float = 1e-6):
-        super().__init__()
-        self.radius, self.e, self.phi_L, self.pi = radius, e, lower_bound(n, delta), 3.141592
-        self.s = nn.Parameter(torch.tensor(float(scale)))
-        W_theta, W_phi, b = torch.eye(n, n + 1), torch.ones(n + 1, n + 1).triu(1), torch.zeros(n + 1)
-        W_theta[n - 1, n], W_phi[n - 1, n], b[n] = 1, 0, -self.pi / 2
-        for name, value in {"W_theta": W_theta, "W_phi": W_phi, "b": b}.items():
-            self.register_buffer(name, value)
-
-    def forward(self, z: Tensor) -> Tensor:
-        phi = (self.pi / 2 - self.phi_L) * torch.sigmoid(self.s * z) + self.phi_L
-        theta = phi @ self.W_theta  # (B, n+1)
-        sines, cosines = torch.sin(theta).abs() + self.e, torch.cos(theta + self.b).abs() + self.e
-        return self.radius * torch.exp(torch.log(sines) @ self.W_phi + torch.log(cosines))
 
 
 def angle_operator(name: str, cos: Tensor) -> Tensor:
@@ -223,11 +124,13 @@ def angle_operator(name: str, cos: Tensor) -> Tensor:
     theta = torch.acos(cos.clamp(-1 + 1e-6, 1 - 1e-6))  # its slope at +-1 is infinite
     if name == "linear":
         return 1 - 2 * theta / math.pi
-    k = 0.3  # sigmoid: coth(pi/4k) tanh((pi/2 - theta)/2k), which is their quotient of exponentials
-    return torch.tanh((math.pi / 2 - theta) / (2 * k)) / math.tanh(math.pi / (4 * k))
+    if name == "sigmoid":  # their quotient of exponentials, as tanh
+        k = 0.3
+        return torch.tanh((math.pi / 2 - theta) / (2 * k)) / math.tanh(math.pi / (4 * k))
+    raise ValueError(f"angle_operator {name}: expected cosine, linear or sigmoid")
 
 
-def overlap(h: Tensor, y: Tensor, norm_gap: float) -> tuple[Tensor, Tensor]:
+def overlap(h: Tensor, y: Tensor, norm_gap: float = 0.1) -> tuple[Tensor, Tensor]:
     """How close in angle each feature comes to one of another class: two largest cosines, (N,) each.
 
     Over all features of other classes, and over those of them whose norm is more than `norm_gap` (0.1: 10%)
@@ -235,14 +138,16 @@ def overlap(h: Tensor, y: Tensor, norm_gap: float) -> tuple[Tensor, Tensor]:
     feature: -1. "Overlapping samples" as we define them: those with 1 - cosine < tau. In float64.
     """
     h = h.double()
-    log_norm, u = h.norm(dim=1).clamp_min(1e-300).log(), F.normalize(h, dim=1)
-    any_norm, apart = [], []
-    for part in split_evenly(len(h), 1000):
-        cos = (u[part] @ u.T).masked_fill(y[part, None] == y, -1)  # (1000, N)
-        any_norm.append(cos.amax(1))
-        same = (log_norm[part, None] - log_norm).abs() <= math.log1p(norm_gap)
-        apart.append(cos.masked_fill(same, -1).amax(1))
-    return torch.cat(any_norm), torch.cat(apart)
+    log_norm = h.norm(dim=1).clamp_min(1e-300).log()
+    u = F.normalize(h, dim=1)
+    near = []
+    hidden = []
+    for some, label, size in zip(u.split(1000), y.split(1000), log_norm.split(1000), strict=True):
+        cos = (some @ u.T).masked_fill(label[:, None] == y, -1)  # (1000, N)
+        near.append(cos.amax(1))
+        same_norm = (size[:, None] - log_norm).abs() <= math.log1p(norm_gap)
+        hidden.append(cos.masked_fill(same_norm, -1).amax(1))
+    return torch.cat(near), torch.cat(hidden)
 
 
 def draw_episodes(y: Tensor, E: int, way: int, images: int, generator: torch.Generator) -> Tensor:
@@ -250,44 +155,68 @@ def draw_episodes(y: Tensor, E: int, way: int, images: int, generator: torch.Gen
     members = [(y == k).nonzero().flatten() for k in y.unique()]
     episodes = torch.empty(E, way, images, dtype=torch.long)
     for episode in episodes:
-        for slot, k in enumerate(torch.randperm(len(members), generator=generator)[:way]):
+        classes = torch.randperm(len(members), generator=generator)[:way]
+        for slot, k in enumerate(classes):
             drawn = torch.randperm(len(members[k]), generator=generator)[:images]
             episode[slot] = members[k][drawn]
     return episodes
 
 
 def prototype_logits(h: Tensor, shots: int, metric: str) -> Tensor:
-    """Prototypical network (Snell et al. 2017) with the published temperatures, 1/128 and 1000/128.
+    """Prototypical network (Snell et al. 2017) with the released temperatures, 1/128 and 1000/128.
 
     h (E, way, shots + queries, d) -> logits (E, way * queries, way), queries class by class. On the sphere
-    -||q - p||^2 is 2 r^2 (cos - 1): at r = 5 the Euclidean logits span 0.4 where the cosine's span 8.
+    -||q - p||^2 is 2 r^2 (cos - 1) for one shot: at r = 5 it spans 0.4 where the cosine's logits span 8.
     """
-    p, q = h[:, :, :shots].mean(2), h[:, :, shots:].flatten(1, 2)  # (E, way, d), (E, way * queries, d)
+    p = h[:, :, :shots].mean(2)  # (E, way, d): the prototypes
+    q = h[:, :, shots:].flatten(1, 2)  # (E, way * queries, d)
     if metric == "cosine":
         return 1000 * (F.normalize(q, dim=2) @ F.normalize(p, dim=2).mT - 1) / 128
-    return -(q[:, :, None] - p[:, None]).square().sum(3) / 128
+    if metric == "euclidean":
+        return -(q[:, :, None] - p[:, None]).square().sum(3) / 128
+    raise ValueError(f"prototype_logits {metric}: expected cosine or euclidean")
 
 
-# %% [2] Theory check: the layer's promises, and the layer-peeled model
-# [copied: minimise]
-def minimise(loss, *start: Tensor, steps: int = 200) -> list[Tensor]:
-    """Full-batch L-BFGS with a strong Wolfe line search. `start` tensors in, their optimal values out."""
-    x = [s.clone().requires_grad_() for s in start]
-    # stop on the gradient alone: near a threshold the loss is flat long before the cosine is right
-    limits = {"max_iter": steps, "history_size": 20, "tolerance_grad": 1e-9, "tolerance_change": 0}
-    optimizer = torch.optim.LBFGS(x, line_search_fn="strong_wolfe", **limits)
+# %% Imports of the other cells
+import argparse
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
-    def closure():
-        optimizer.zero_grad()
-        value = loss(*x)
-        value.backward()
-        return value
+import numpy as np
+from matplotlib.figure import Figure
 
-    optimizer.step(closure)
-    return [v.detach() for v in x]
+from common import (
+    Arguments,
+    Batches,
+    Claims,
+    Dataset,
+    Run,
+    UserError,
+    at_least,
+    class_means,
+    coarse_labels,
+    command_line,
+    concatenate,
+    curves,
+    finished_runs,
+    keep_per_class,
+    logits,
+    mean_std,
+    metric_device,
+    minimise,
+    open_run,
+    positive,
+    prepare_data,
+    save_figure,
+    split_name,
+    styles,
+    table,
+    unit,
+)
 
-
-# [end copied]
+# %% [2] Theory check: the layer-peeled model, and what the layer promises
 
 
 def layer_peeled(K: int, n: int, lam: float, spherized: bool, seed: int = 0) -> tuple:
@@ -296,1029 +225,793 @@ def layer_peeled(K: int, n: int, lam: float, spherized: bool, seed: int = 0) -> 
     min mean_k CE(W h_k + b, k) + lam/2K (||W||^2 + ||Z||^2), with ReLU features h = z >= 0 and a free bias b,
     or with h the spherized z (d = n+1) and b = 0. Float64.
     """
-    generator, y = torch.Generator().manual_seed(seed), torch.arange(K)
-    layer = Spherization(n, learnable=False)
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.arange(K)
 
-    def unpack(W, q, b):
-        return (layer(q), torch.zeros(K)) if spherized else (q**2, b)  # h = q^2: every h >= 0
+    def unpack(q: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if spherized:
+            return q, spherize(q, 5.0), torch.zeros_like(b)
+        return q**2, q**2, b  # h = z = q^2: every h >= 0
 
-    def loss(W, q, b):
-        (h, bias), z = unpack(W, q, b), q if spherized else q**2
-        return F.cross_entropy(h @ W.T + bias, y) + lam / (2 * K) * (W.square().sum() + z.square().sum())
+    def loss(W: Tensor, q: Tensor, b: Tensor) -> Tensor:
+        z, h, b = unpack(q, b)
+        return F.cross_entropy(h @ W.T + b, y) + lam / (2 * K) * (W.square().sum() + z.square().sum())
 
-    W, q = (torch.randn(K, m, generator=generator, dtype=torch.float64) for m in (n + spherized, n))
+    W = torch.randn(K, n + 1 if spherized else n, generator=generator, dtype=torch.float64)
+    q = torch.randn(K, n, generator=generator, dtype=torch.float64)
     W, q, b = minimise(loss, W, q, torch.zeros(K, dtype=torch.float64), steps=300)
-    h, b = unpack(W, q, b)
-    return W, b, h, loss(W, q, b).item()
-
-
-def class_means(h: Tensor, y: Tensor, K: int) -> Tensor:
-    """M (K, d), float64, of features h (N, d) with labels y (N,); zero for a class without samples."""
-    M = torch.zeros(K, h.shape[1], dtype=torch.float64, device=h.device).index_add_(0, y, h.double())
-    return M / torch.bincount(y, minlength=K).clamp_min(1)[:, None]
+    _, h, bias = unpack(q, b)
+    return W, bias, h, float(loss(W, q, b))
 
 
 def angle_accuracy(h: Tensor, y: Tensor, M: Tensor) -> float:
     """Share of features h (N, d) whose nearest class mean, by cosine and of M (K, d), is that of y (N,)."""
-    nearest = (F.normalize(h.double(), dim=1) @ F.normalize(M.double(), dim=1).T).argmax(1)
-    return float((nearest == y).double().mean())
+    nearest = logits(h, unit(M).nan_to_num()).argmax(1)
+    return float((nearest == y.to(nearest.device)).double().mean())
 
 
-def toy(spherized: bool, seed: int) -> tuple[float, Tensor]:
-    """The published toy, clusters around (0, 0) and (1, 1): accuracy, and class means (2, 2) of features."""
-    generator = torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed)
-    y = torch.arange(200) // 100
-    x = torch.rand(200, 2, generator=generator) * 0.1 - 0.05 + y[:, None]
-    if spherized:
-        first, hidden = nn.Linear(2, 1, bias=False), Spherization(1, radius=1.0, scale=1.0)
-    else:
-        first, hidden = nn.Linear(2, 2), nn.Sigmoid()
-    network = nn.Sequential(first, hidden, nn.Linear(2, 2, bias=not spherized))
-    optimizer = torch.optim.SGD(network.parameters(), 0.01)
-    for _ in range(100):
-        for part in torch.randperm(200, generator=generator).split(16):
-            optimizer.zero_grad()
-            F.cross_entropy(network(x[part]), y[part]).backward()
-            optimizer.step()
-    with torch.no_grad():
-        h = hidden(first(x))
-        M = torch.stack([h[y == k].mean(0) for k in range(2)])
-        accuracy = (network(x).argmax(1) == y).double().mean()
-    return float(accuracy), M
+def hard_inputs(n: int) -> Tensor:
+    """z (75, n), float32: all angles alike (rounding errors would add up), saturated, ordinary and wide."""
+    alike = torch.tensor([0, 0.3, 0.9, -0.9, -3, 3, -50, 50, -0.3, 0.6, 2]).float()
+    ordinary = torch.randn(32, n, generator=torch.Generator().manual_seed(0))
+    return torch.cat([alike[:, None].expand(-1, n), ordinary, 20 * ordinary])
 
 
-def synthetic(folder) -> bool:
-    """Check each claim against a closed form or direct optimisation; print the table, draw synthetic.png."""
-    passed, generator = [], torch.Generator().manual_seed(0)
-    print(f"{'claim':<66}{'theory':>9}{'measured':>10}{'error':>9}{'tolerance':>10}  ok")
+def check_theory(folder: Path) -> dict:
+    """Print the chapter's claims, each against a closed form or direct optimisation; draw synthetic.png."""
+    claims = Claims()
+    generator = torch.Generator().manual_seed(0)
 
-    def check(claim, theory, measured, tolerance, bound=0):  # bound 1: theory is the most, -1: the least
-        error = max(bound * (measured - theory), 0) if bound else abs(measured - theory)
-        passed.append(bool(error <= tolerance))
-        print(f"{claim:<66}{theory:>9.4f}{measured:>10.4f}{error:>9.1e}{tolerance:>10.1e}", end="  ")
-        print("yes" if passed[-1] else "NO")
+    # Two classes, one ReLU unit, a bias: one class has no feature at all, h_0 = 0.
+    # With t = w h, ||W||^2 + ||h||^2 >= sqrt(2) t, and L(t) = log(1 + e^(-t/2)) + sqrt(2)/4 lam t is left
+    lam = 1e-2
+    t = 2 * math.log(math.sqrt(2) / lam - 1)
+    least = math.log1p(math.exp(-t / 2)) + math.sqrt(2) / 4 * lam * t
+    _, _, H, loss = layer_peeled(2, 1, lam, spherized=False)
+    claims.equal("2 classes, one ReLU unit and a bias: loss of the optimum", least, loss, 1e-9)
+    claims.equal("   norm of the longer feature", math.sqrt(t / math.sqrt(2)), float(H.max()), 1e-4)
+    claims.equal("   the other class has no feature: norm", 0, float(H.min()), 1e-4)
 
-    # 1. The bound, against the root of n log sin(phi) = log delta
-    for n in (2, 64, 300, 4096):
-        root = brentq(lambda phi, n=n: n * math.log(math.sin(phi)) - math.log(1e-6), 1e-9, 1.57)
-        check(f"n = {n}: phi_L", root, lower_bound(n), 1e-9)
-
-    # 2. In float32, on ordinary and on hard inputs: all alike (errors would add up), saturated, wide
-    for n in (1, 2, 64, 300, 4096):
-        hard = torch.tensor([[0.0], [0.3], [-50.0], [50.0]]).expand(4, n)
-        ordinary = torch.randn(32, n, generator=generator)
-        z, layer = torch.cat([hard, ordinary, 20 * ordinary]), Spherization(n)
-        x = layer(z).detach()
-        phi = layer.phi_L + (math.pi / 2 - layer.phi_L) * torch.sigmoid(5 * z.double())
-        one = torch.ones(len(z), 1, dtype=torch.float64)  # the definition, in float64
-        P = torch.cat([one, phi.sin().cumprod(1)], 1)
-        exact = 5 * P * torch.cat([phi.cos(), one], 1)
-        farthest = max((x.double().norm(dim=1) / 5).tolist(), key=lambda length: abs(length - 1))
-        check(f"n = {n}, float32: norm / radius, farthest from 1", 1, farthest, 1e-6)
-        check("   angles by atan2, largest error, rad", 0, (angles(x) - phi).abs().max().item(), 1e-5)
-        check("   coordinates, largest error against float64", 0, (x - exact).abs().max().item(), 2e-6)
-        smallest = (x[:, -1].double().min() / 5 / 1e-6).item()  # the last coordinate is the whole product
-        check("   smallest product of sines / delta", 1, smallest, 2e-6)
-        if n > 2:
-            published = MatrixForm(n)
-            with torch.no_grad():
-                px = published(ordinary).double()
-            # each factor is e too large: ||x||/r - 1 = e sum_k P_{k-1}^2 (sin phi_k + cos phi_k) + O(e^2)
-            longer = 1e-6 * (P[:, :-1] ** 2 * (phi.sin() + phi.cos()))[4:36].sum(1).mean().item()
-            measured = (px.norm(dim=1) / 5 - 1).mean().item()
-            check("   published form: norm / radius - 1, in 1e-6", 1e6 * longer, 1e6 * measured, 5)
-            worse = (px - exact[4:36]).abs().max() / (x - exact)[4:36].abs().max()
-            check("   published form: times our largest error, at least", 10, worse.item(), 0, -1)
-
-    # 3. The gradient: coordinate lines cross at right angles, and the later an angle, the shorter its line
-    n = 300
-    layer = Spherization(n, learnable=False)
-    J = torch.autograd.functional.jacobian(lambda z: layer(z[None])[0], torch.zeros(n, dtype=torch.float64))
-    middle = (math.pi / 2 + layer.phi_L) / 2  # the angle at z = 0
-    for k in (0, 150, 299):
-        # ||dx/dz_k|| = r s (pi/2 - phi_L)/4 prod_{j<k} sin(phi_j)
-        theory = 5 * 5 * (math.pi / 2 - layer.phi_L) / 4 * math.sin(middle) ** k
-        check(f"n = 300, z = 0: length of dx/dz_{k}", theory, J[:, k].norm().item(), 1e-9)
-    G = J.T @ J
-    check("   largest inner product of two of them", 0, (G - G.diag().diag()).abs().max().item(), 1e-9)
-    # without phi_L, z = 0 is pi/4 everywhere: sin^512 = 2^-256 is no float32, and no gradient comes through
-    product = torch.full((512,), math.pi / 4).sin().prod().item()
-    check("n = 512, z = 0, no phi_L: product of sines", 0, product, 0)
-
-    # 4. The published toy: both classify; only spherized features all have one length
-    found = {kind: [toy(kind, seed) for seed in range(2)] for kind in (False, True)}
-    check("toy, spherized: accuracy, worse of 2 seeds", 1, min(a for a, _ in found[True]), 0)
-    # the cluster around 0 has z = 0 on average: its one angle is (pi/2 + phi_L)/2
-    lean = max(abs(math.degrees(math.atan2(*M[0].flip(0).tolist())) - 45) for _, M in found[True])
-    check("   direction of the cluster at the origin off 45 degrees", 0, lean, 0.5)
-    lengths = [abs(M[0].norm() / M[1].norm() - 1).item() for _, M in found[True]]
-    check("   lengths of the class means differ by", 0, max(lengths), 5e-3)
-    lengths = [abs(M[0].norm() / M[1].norm() - 1).item() for _, M in found[False]]
-    check("toy, sigmoid units: they differ by, at least", 0.05, max(lengths), 0, -1)
-
-    # 5. Layer-peeled. Two classes, one ReLU unit, a bias: one class has no feature at all, h_0 = 0.
-    #    With t = w h, ||W||^2 + ||h||^2 >= sqrt(2) t, and L(t) = log(1 + e^(-t/2)) + sqrt(2)/4 lam t is left
-    lam, root = 1e-2, math.sqrt(2)
-    t = 2 * math.log(root / lam - 1)
-    W, b, H, loss = layer_peeled(2, 1, lam, spherized=False)
-    least = math.log1p(math.exp(-t / 2)) + root / 4 * lam * t
-    check("K = 2, one ReLU unit and a bias: loss", least, loss, 1e-9)
-    check("   norm of the longer feature", math.sqrt(t / root), H.max().item(), 1e-4)
-    check("   norm of the shorter one", 0, H.min().item(), 1e-4)
+    # Six classes: the norm alone tells them apart, until one angle has to
+    K = 6
     drawn = {}
-    for n, name in ((1, "one"), (2, "two")):
-        for spherized in (False, True):
-            W, b, H, _ = drawn[n, spherized] = layer_peeled(K := 6, n, 1e-3, spherized, seed=1)
-            y = torch.arange(K)
-            inner = ((H @ W.T + b).argmax(1) == y).double().mean().item()
-            noise = torch.randn(200, K, H.shape[1], generator=generator, dtype=torch.float64)
-            noisy = H + 0.01 * H.norm(dim=1).mean() * noise
-            noisy = (noisy if spherized else noisy.relu()).flatten(0, 1)
-            label = "spherized" if spherized else f"ReLU unit{'s' * (n > 1)} and a bias"
-            check(f"K = 6, {name} {label}: accuracy", 1, inner, 0)
-            by_angle = angle_accuracy(noisy, y.repeat(200), H)
-            if spherized:
-                check("   by angle, 1% noise", 1, by_angle, 0.01)
-            elif n == 1:  # all on one ray: every cosine is 1 (or 0 for no feature), the first class wins
-                check("   by angle, 1% noise: 1/K", 1 / K, by_angle, 0.01)
-            else:
-                check("   by angle, 1% noise, at most", 0.9, by_angle, 0, 1)
+    for spherized, name in ((False, "one ReLU unit and a bias"), (True, "one angle, no bias")):
+        W, b, H, _ = layer_peeled(K, 1, 1e-3, spherized, seed=1)
+        drawn[name] = H
+        right = (H @ W.T + b).argmax(1) == torch.arange(K)
+        noise = torch.randn(200, K, H.shape[1], generator=generator, dtype=torch.float64)
+        noisy = H + 0.01 * H.norm(dim=1).mean() * noise
+        noisy = noisy if spherized else noisy.relu()
+        by_angle = angle_accuracy(noisy.flatten(0, 1), torch.arange(K).repeat(200), H)
+        claims.equal(f"6 classes, {name}: accuracy", 1, float(right.double().mean()), 0)
+        # on one ray every cosine is 1 (or 0, for no feature), and the first class wins
+        claims.equal("   by angle, 1% noise", 1 if spherized else 1 / K, by_angle, 0.01)
+
+    # What the layer promises, in float32 and on hard inputs
+    x = spherize(hard_inputs(4096), 5.0)
+    norm = (x.double().norm(dim=1) / 5).tolist()
+    farthest = max(norm, key=lambda length: abs(length - 1))
+    claims.equal("4096 angles, float32: norm / radius, farthest from 1", 1, farthest, 1e-6)
+    smallest = float(x[:, -1].double().min() / 5 / 1e-6)
+    claims.equal("   smallest product of sines / delta", 1, smallest, 2e-5)
+    product = torch.full((512,), math.pi / 4).sin().prod()  # 2^-256 is no float32: no gradient either
+    claims.equal("512 angles, z = 0: product of sines without phi_L", 0, float(product), 0)
+    # The later an angle, the less it moves x: ||dx/dz_k|| = r s (pi/2 - phi_L)/4 prod_{j<k} sin(phi_j)
+    n = 300
+    z = torch.zeros(n, dtype=torch.float64)
+    J = torch.autograd.functional.jacobian(lambda z: spherize(z, 5.0), z)  # (n+1, n)
+    middle = (math.pi / 2 + lower_bound(n)) / 2  # the angle at z = 0
+    theory = 5 * 5 * (math.pi / 2 - lower_bound(n)) / 4 * math.sin(middle) ** (n - 1)
+    claims.equal("300 angles, z = 0: length of dx/dz_300, the shortest", theory, float(J[:, -1].norm()), 1e-9)
 
     # One picture: six classes told apart by the norm on one ray, or by one angle
-    figure = Figure(figsize=(7, 3.7), layout="constrained")
-    titles = {(1, False): "one ReLU unit and a bias", (1, True): "one angle, no bias"}
-    for ax, (key, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
-        for k, (u, v) in enumerate(F.pad(drawn[key][2], (0, 1))[:, :2].tolist()):
-            ax.plot([0, u], [0, v], color="0.8", zorder=1)
-            ax.plot(u, v, marker=f"${k}$", color="black", markersize=9, zorder=2)
-        ax.set(title=title, xlabel="first coordinate of the feature", ylabel="second (none on the left)")
-        ax.set_aspect("equal", adjustable="datalim")
-    write_atomically(Path(folder) / "synthetic.png", lambda part: figure.savefig(part, dpi=130))
-    print(f"{sum(passed)} of {len(passed)} claims hold; figure: {Path(folder) / 'synthetic.png'}")
-    return all(passed)
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    look = styles(range(K))
+    for plot, (name, H) in zip(figure.subplots(1, 2), drawn.items(), strict=True):
+        points = F.pad(H, (0, 1))[:, :2].tolist()  # on the left there is no second coordinate
+        for k, (u, v) in enumerate(points):
+            plot.plot([0, u], [0, v], color="0.8", zorder=1)
+            plot.plot(u, v, ls="", markersize=9, label=f"class {k}", **look[k])
+        plot.set(title=name, xlabel="first coordinate of the feature", ylabel="second coordinate")
+        plot.set_aspect("equal", adjustable="datalim")
+    figure.legend(*plot.get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    save_figure(folder / "synthetic.png", figure)
+    return claims.report(folder / "synthetic.png")
 
 
-# %% [3] Networks
-VGG = {"vgg11": "A", "vgg16": "D", "vgg19": "E"}  # torchvision's names of the configurations
-PLANS = {  # channels of 3x3 convolutions, each with BatchNorm and ReLU; M: 2x2 max-pool
-    "cnn": (32, 32, "M", 64, 64, "M", 128, 128),
-    "cnn9": (128, 128, 128, "M", 192, 192, 192, "M", 256, 256, 256, "M"),
-}
-NETWORKS = ("mlp", "lenet", *PLANS, *VGG)
-BACKBONES = ("conv4", "resnet12")
+# %% [3] Network: a trunk, the last hidden layer's activation, a classifier
 
 
-def convolutions(plan, channels: int) -> list[nn.Module]:
-    layers = []
-    for c in plan:
-        if c == "M":
-            layers.append(nn.MaxPool2d(2))
-        else:
-            layers += [nn.Conv2d(channels, c, 3, padding=1, bias=False), nn.BatchNorm2d(c), nn.ReLU()]
-            channels = c
-    return layers
+def mlp(args: argparse.Namespace, shape: tuple[int, int, int]) -> tuple[list[nn.Module], int]:
+    """784-500-300 on MNIST: layers, images (B, C, H, W) -> z (B, n) before any activation, and n."""
+    H, W, C = shape
+    return [nn.Flatten(), nn.Linear(C * H * W, 500), nn.ReLU(), nn.Linear(500, 300)], 300
 
 
-def build_trunk(args: argparse.Namespace, shape: tuple[int, int, int], n: int) -> nn.Sequential:
-    """All below the last hidden layer's activation: images (B, C, H, W) -> z (B, trunk.n).
-
-    n > 0 adds a ReLU and a linear layer of n units, for features that can be drawn. shape is (H, W, C).
-    """
-    (H, W, C), name = shape, args.network
-    if name == "mlp":
-        layers, width = [nn.Flatten(), nn.Linear(C * H * W, 500), nn.ReLU(), nn.Linear(500, 300)], 300
-    elif name == "lenet":  # LeCun et al. 1998, with ReLU and max-pooling; 28 x 28 is padded to its 32 x 32
-        pad = 2 if H == 28 else 0
-        sides = [((side + 2 * pad - 4) // 2 - 4) // 2 for side in (H, W)]
-        if min(sides) < 1:
-            raise UserError(f"--network lenet: needs images of 16 x 16 or more, not {H} x {W}")
-        layers = [nn.ZeroPad2d(pad), nn.Conv2d(C, 6, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5)]
-        layers += [nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16 * sides[0] * sides[1], 120)]
-        layers, width = [*layers, nn.ReLU(), nn.Linear(120, 84)], 84
-    elif name in PLANS:
-        layers = convolutions(PLANS[name], C)
-        scale = 2 ** PLANS[name].count("M")
-        if min(H, W) < scale:
-            raise UserError(f"--network {name}: needs images of {scale} x {scale} or more, not {H} x {W}")
-        flat = max(c for c in PLANS[name] if c != "M") * (H // scale) * (W // scale)
-        layers, width = [*layers, nn.Flatten(), nn.Linear(flat, 256)], 256
-    else:  # VGG with BatchNorm; the published one averages in its pools on Fashion-MNIST, at 32 x 32
-        plan = [c if c == "M" else max(1, round(c * args.width)) for c in cfgs[VGG[name]]]
-        layers = list(make_layers(plan, batch_norm=True))
-        layers[0] = nn.Conv2d(C, plan[0], 3, padding=1)
-        if args.dataset.startswith("fashionmnist"):
-            layers = [nn.AvgPool2d(2) if isinstance(layer, nn.MaxPool2d) else layer for layer in layers]
-        for layer in layers:  # torchvision's start for VGG; its linear layers keep PyTorch's here
-            if isinstance(layer, nn.Conv2d):
-                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-                nn.init.zeros_(layer.bias)
-        grow = [nn.Upsample(size=(32, 32), mode="bilinear")] if min(H, W) < 32 else []
-        head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(plan[-2], 4096), nn.ReLU(), nn.Dropout()]
-        layers, width = [*grow, *layers, *head, nn.Linear(4096, 4096)], 4096
-    if n:
-        layers += [nn.ReLU(), nn.Linear(width, n)]
-    trunk = nn.Sequential(*layers)
-    trunk.n = n or width
-    return trunk
+def lenet(args: argparse.Namespace, shape: tuple[int, int, int]) -> tuple[list[nn.Module], int]:
+    """LeNet-5 (LeCun et al. 1998) with ReLU and max-pooling; 28 x 28 is padded to its 32 x 32."""
+    H, W, C = shape
+    pad = 2 if H == 28 else 0
+    h, w = (((side + 2 * pad - 4) // 2 - 4) // 2 for side in (H, W))
+    if min(h, w) < 1:
+        raise UserError(f"--net lenet: needs images of 16 x 16 or more, not {H} x {W}")
+    layers = [nn.ZeroPad2d(pad), nn.Conv2d(C, 6, 5), nn.ReLU(), nn.MaxPool2d(2)]
+    layers += [nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()]
+    layers += [nn.Linear(16 * h * w, 120), nn.ReLU(), nn.Linear(120, 84)]
+    return layers, 84
 
 
-class Head(nn.Module):
-    """z (B, n), before any activation -> features h (B, d) and logits (B, K). Always in float32.
+def vgg11(args: argparse.Namespace, shape: tuple[int, int, int]) -> tuple[list[nn.Module], int]:
+    """VGG-11 with BatchNorm, --width times its channels; the released one averages on Fashion-MNIST."""
+    from torchvision.models.vgg import cfgs, make_layers  # slow to import
 
-    plain: ReLU, linear with bias. projected: z / sqrt(||z||^2 + 1e-4), linear with bias. sphere: the layer,
-    linear without bias. none: ReLU, linear without bias. cosine, linear, sigmoid: g(theta) of the angles
-    between h and the class vectors, so logits of -1 to 1; w-: ||h|| g(theta), only class vectors normalised.
+    H, W, C = shape
+    plan = [c if c == "M" else max(1, round(c * args.width)) for c in cfgs["A"]]
+    layers = list(make_layers(plan, batch_norm=True))
+    layers[0] = nn.Conv2d(C, plan[0], 3, padding=1)
+    if split_name(args.dataset)[0] == "fashionmnist":
+        layers = [nn.AvgPool2d(2) if isinstance(layer, nn.MaxPool2d) else layer for layer in layers]
+    for layer in layers:  # torchvision's start for VGG; the linear layers keep PyTorch's
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+    if min(H, W) < 32:
+        layers.insert(0, nn.Upsample(size=(32, 32), mode="bilinear"))
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    layers += [nn.Linear(plan[-2], 4096), nn.ReLU(), nn.Dropout(), nn.Linear(4096, 4096)]
+    return layers, 4096
+
+
+class Projection(nn.Module):
+    """z (B, n) scaled to the unit sphere. Without a ReLU: behind one, two or three units die together."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z / (z.square().sum(1, keepdim=True) + 1e-4).sqrt()
+
+
+class Classifier(nn.Linear):
+    """Features h (B, d) -> logits (B, K).
+
+    inner: w_k . h, and inner+bias: w_k . h + b_k. With theta_k between h and w_k, and SphereNet's g of three
+    names, cosine, linear and sigmoid: g(theta_k), logits of -1 to 1; with w- before it: ||h|| g(theta_k).
     """
 
-    def __init__(self, kind: str, n: int, K: int, dropout: bool, **layer):
-        super().__init__()
+    def __init__(self, kind: str, d: int, K: int):
+        super().__init__(d, K, bias=kind == "inner+bias")
         self.kind = kind
-        self.sphere = Spherization(n, **layer) if kind == "sphere" else None
-        self.dropout = nn.Dropout() if dropout and kind != "sphere" else nn.Identity()
-        self.linear = nn.Linear(n + (kind == "sphere"), K, bias=kind in ("plain", "projected"))
+        self.inner = kind in ("inner", "inner+bias")
 
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        if self.kind == "sphere":
-            h = self.sphere(z)
-        elif self.kind == "projected":  # no ReLU: two or three units behind it and on a sphere die together
-            h = z / (z.square().sum(1, keepdim=True) + 1e-4).sqrt()
-        else:
-            h = self.dropout(F.relu(z))
-        if self.kind in ("plain", "projected", "sphere", "none"):
-            return h, self.linear(h)
-        cos = F.normalize(h, dim=1) @ F.normalize(self.linear.weight, dim=1).T  # (B, K)
+    def forward(self, h: Tensor) -> Tensor:
+        if self.inner:
+            return super().forward(h)
+        cos = F.normalize(h, dim=1) @ F.normalize(self.weight, dim=1).T  # (B, K)
         g = angle_operator(self.kind.removeprefix("w-"), cos)
-        return h, h.norm(dim=1, keepdim=True) * g if self.kind.startswith("w-") else g
+        if self.kind.startswith("w-"):
+            g = h.norm(dim=1, keepdim=True) * g
+        return g
+
+    def class_vectors(self) -> Tensor:
+        """W (K, d) with argmax_k w_k . h + b_k the decision: of unit length where only its angle counts."""
+        W = self.weight.detach()
+        return W if self.inner else F.normalize(W, dim=1)
 
 
-class Residual(nn.Module):
-    """A stage of ResNet-12: three 3x3 convolutions, a 1x1 shortcut, a max-pool where there is room for it."""
+def build_classifier(args: argparse.Namespace, name: str, data: Dataset) -> nn.ModuleDict:
+    """Images (B, C, H, W) -> trunk -> z (B, n) -> layer -> h (B, d) -> classifier -> logits (B, K)."""
+    method = TASKS[args.task].methods[name]
+    layers, n = TRUNKS[args.net](args, tuple(data.train_x.shape[1:]))
+    if method.units:
+        layers += [nn.ReLU(), nn.Linear(n, method.units)]
+        n = method.units
+    d = n
+    layer = nn.ReLU()
+    if method.layer == "sphere":  # at s = 5 one or two angles would end at 0 or 90 degrees
+        layer = Spherization(n, args.radius, 1.0 if method.units else args.scale)
+        d = n + 1
+    elif method.layer == "projection":
+        layer = Projection()
+    elif args.net == "vgg11" and not method.units:
+        layer = nn.Sequential(nn.ReLU(), nn.Dropout())
+    classifier = Classifier(method.classifier, d, len(data.classes))
+    return nn.ModuleDict({"trunk": nn.Sequential(*layers), "layer": layer, "classifier": classifier})
 
-    def __init__(self, channels: int, c: int, pool: bool, activation: nn.Module):
-        super().__init__()
-        layers = []
-        for i in range(3):
-            layers += [nn.Conv2d(channels if i == 0 else c, c, 3, padding=1, bias=False), nn.BatchNorm2d(c)]
-            layers += [nn.LeakyReLU(0.1)] if i < 2 else []
-        self.main = nn.Sequential(*layers)
-        self.shortcut = nn.Sequential(nn.Conv2d(channels, c, 1, bias=False), nn.BatchNorm2d(c))
-        self.after = nn.Sequential(activation, nn.MaxPool2d(2) if pool else nn.Identity())
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.after(self.main(x) + self.shortcut(x))
+def build_embedding(args: argparse.Namespace, name: str, data: Dataset) -> nn.ModuleDict:
+    """Conv-4 for prototypes: images (B, C, H, W) -> trunk -> z (B, 64) -> layer -> h (B, d).
 
-
-def build_backbone(args: argparse.Namespace, shape: tuple[int, int, int], last: str) -> nn.Sequential:
-    """Embedding for prototypes: images (B, C, H, W) -> h (B, d); for `last` and `sphere`, pre-activations z.
-
-    conv4 ends in a max-pool over what is left of the image, h in R^64, or else in a convolution of that size
-    and BatchNorm. resnet12 (no DropBlock) ends in ReLU and an average, R^640, or has BatchNorm for that ReLU.
+    It ends in a max-pool over what is left of the image, or in a convolution of that size and BatchNorm.
     """
-    H, W, channels = shape
+    last = PROTOTYPES[name].last
+    H, W, C = data.train_x.shape[1:]
     layers = []
-    widths = (64,) * 4 if args.network == "conv4" else (64, 160, 320, 640)
-    for stage, c in enumerate(widths):
-        pool = min(H, W) >= 4  # 32 -> 2, 84 -> 5; digits 8 -> 2
-        if args.network == "conv4":
-            layers += convolutions((c, "M") if pool else (c,), channels)
-        else:
-            linear = stage == 3 and last != "plain"
-            layers.append(Residual(channels, c, pool, nn.BatchNorm2d(c) if linear else nn.LeakyReLU(0.1)))
-        H, W, channels = (H // 2, W // 2, c) if pool else (H, W, c)
-    if args.network == "resnet12":
-        layers.append(nn.AdaptiveAvgPool2d(1))
-    elif last == "plain":
+    for _ in range(4):
+        layers += [nn.Conv2d(C, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
+        C = 64
+        if min(H, W) >= 4:  # 32 -> 2, 84 -> 5; digits 8 -> 2
+            layers.append(nn.MaxPool2d(2))
+            H = H // 2
+            W = W // 2
+    if last == "pool":
         layers.append(nn.MaxPool2d((H, W)))
     else:
-        layers += [nn.Conv2d(c, c, (H, W), bias=False), nn.BatchNorm2d(c)]
-    backbone = nn.Sequential(*layers, nn.Flatten())
-    backbone.n = widths[-1]
-    return backbone
+        layers += [nn.Conv2d(64, 64, (H, W), bias=False), nn.BatchNorm2d(64)]
+    layer = Spherization(64, args.radius, args.scale) if last == "sphere" else nn.Identity()
+    return nn.ModuleDict({"trunk": nn.Sequential(*layers, nn.Flatten()), "layer": layer})
 
 
 # %% [4] Training
 
 
 class Method(NamedTuple):
-    kind: str  # of Head, or the metric of a prototypical network
-    n: int = 0  # units of the last hidden layer; 0: the network's own
-    last: str = ""  # few-shot: plain, last or sphere
+    layer: str  # the last hidden layer's activation: relu, sphere or projection
+    classifier: str  # a kind of Classifier
+    units: int  # of the last hidden layer; 0: the network's own
+    about: str
 
 
-HEADS = ("plain", "sphere", "projected")
-SMALL = {f"{kind}-{d}d": Method(kind, d - (kind == "sphere")) for d in (2, 3) for kind in HEADS}
-OPERATORS = ("none", "cosine", "linear", "sigmoid", "w-cosine", "w-linear", "w-sigmoid", "sphere")
-TASKS = {
-    "retain": {kind: Method(kind) for kind in HEADS} | SMALL,
-    "overlap": {kind: Method(kind) for kind in OPERATORS},
-    "visualise": SMALL,
-    "fewshot": {
-        metric + suffix: Method(metric, 0, last)
-        for metric in ("euclidean", "cosine")
-        for suffix, last in (("", "plain"), ("+last", "last"), ("+sphere", "sphere"))
-    },
+class FewShotMethod(NamedTuple):
+    last: str  # pool, convolution or sphere
+    metric: str  # of prototype_logits
+    about: str
+
+
+CLASSIFIERS = {
+    "plain": Method("relu", "inner+bias", 0, "ReLU and a linear layer with bias: the baseline"),
+    "sphere": Method("sphere", "inner", 0, "the Spherization layer and a linear layer without bias"),
+    "projected": Method("projection", "inner+bias", 0, "features scaled to the unit sphere instead"),
+    "plain-2d": Method("relu", "inner+bias", 2, "the baseline with features of two dimensions"),
+    "sphere-2d": Method("sphere", "inner", 1, "one angle: features on a quarter of a circle"),
+    "projected-2d": Method("projection", "inner+bias", 2, "features scaled to the unit circle"),
+    "plain-3d": Method("relu", "inner+bias", 3, "the baseline with features of three dimensions"),
+    "sphere-3d": Method("sphere", "inner", 2, "two angles: features on an eighth of a sphere"),
+    "projected-3d": Method("projection", "inner+bias", 3, "features scaled to the unit sphere, d = 3"),
 }
-TAUS = (1e-4, 1e-3, 1e-2, 5e-2, 0.1)  # 1 - cosine: 0.8, 2.6, 8, 18, 26 degrees
-# CIFAR-10, cnn9: test accuracy %, errors in overlapping samples, overlapping samples, the ratio in %
-PUBLISHED_OVERLAP = {
-    "none": (92.46, 0, 0, 0.0), "sigmoid": (79.03, 1097, 5222, 20.75), "linear": (72.15, 1631, 6849, 23.84),
-    "cosine": (76.15, 776, 3170, 24.39), "w-sigmoid": (91.51, 167, 7925, 2.11),
-    "w-linear": (82.12, 946, 7669, 12.30), "w-cosine": (92.29, 80, 7051, 1.14),
-    "sphere": (92.38, 0, 499, 0.0),
-}  # fmt: skip
-FC100 = {  # CIFAR-100's superclasses (Oreshkin et al. 2018): 60, 20 and 20 classes
-    "train": (1, 2, 3, 4, 5, 6, 9, 10, 15, 17, 18, 19), "validation": (8, 11, 13, 16), "test": (0, 7, 12, 14),
-}  # fmt: skip
+OPERATORS = {
+    "none": Method("relu", "inner", 0, "inner product, no bias"),
+    "sphere": Method("sphere", "inner", 0, "the Spherization layer, inner product, no bias"),
+    "cosine": Method("relu", "cosine", 0, "cos(theta), features and class vectors of unit length"),
+    "linear": Method("relu", "linear", 0, "1 - 2 theta / pi"),
+    "sigmoid": Method("relu", "sigmoid", 0, "SphereNet's sigmoid of theta"),
+    "w-cosine": Method("relu", "w-cosine", 0, "||h|| cos(theta): only class vectors of unit length"),
+    "w-linear": Method("relu", "w-linear", 0, "||h|| (1 - 2 theta / pi)"),
+    "w-sigmoid": Method("relu", "w-sigmoid", 0, "||h|| times the sigmoid of theta"),
+}
+PROTOTYPES = {
+    "euclidean": FewShotMethod("pool", "euclidean", "Conv-4 as it is, squared distance to a prototype"),
+    "euclidean+last": FewShotMethod("convolution", "euclidean", "a convolution for its last max-pool"),
+    "euclidean+sphere": FewShotMethod("sphere", "euclidean", "that, and the Spherization layer"),
+    "cosine": FewShotMethod("pool", "cosine", "Conv-4 as it is, cosine to a prototype"),
+    "cosine+last": FewShotMethod("convolution", "cosine", "a convolution for its last max-pool"),
+    "cosine+sphere": FewShotMethod("sphere", "cosine", "that, and the Spherization layer"),
+}
+TRUNKS = {"mlp": mlp, "lenet": lenet, "vgg11": vgg11}
 
 
 class Recipe(NamedTuple):
-    """The published setting; what the command line gives goes before it."""
+    """A published setting. The first four are flags, whose values go before it."""
 
     epochs: int
     batch_size: int
-    optimizer: str
     lr: float
     weight_decay: float
+    optimizer: str = "adam"
     factor: float = 1.0  # the learning rate is multiplied by it
     at: tuple[float, ...] = ()  # after these shares of the epochs
-    augment: str = "none"  # none, crop+flip, crop+flip+rotate
+    crop: bool = False  # random crops, and flips where the data set has them
+    rotate: bool = False  # by up to 15 degrees
     statistics: str = "data"  # normalise by: none, data, imagenet
 
 
-TENTHS = tuple(i / 10 for i in range(1, 10))
+WAY = 5  # classes of an episode
+QUERIES = 15  # images per class to be classified
+TENTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+RECIPES = {  # (network, data set): as released; "" is any other data set; digits are ours
+    ("mlp", ""): Recipe(100, 256, 1e-3, 5e-5, statistics="none"),
+    ("mlp", "digits"): Recipe(40, 32, 1e-3, 5e-5),
+    ("lenet", ""): Recipe(20, 128, 1e-3, 0.0, statistics="none"),
+    ("vgg11", ""): Recipe(300, 128, 0.05, 5e-4, "sgd", 0.5, TENTHS, crop=True),
+    ("vgg11", "cifar10"): Recipe(300, 128, 0.05, 5e-4, "sgd", 0.5, TENTHS, True, statistics="imagenet"),
+    ("vgg11", "cifar100"): Recipe(200, 128, 0.1, 5e-4, "sgd", 0.2, (0.3, 0.6, 0.8), True, rotate=True),
+    ("vgg11", "fashionmnist"): Recipe(100, 128, 0.01, 5e-4, "sgd", 0.5, (0.2, 0.4, 0.6, 0.8), True),
+    ("conv4", ""): Recipe(100, WAY * (5 + QUERIES), 1e-4, 0.0, "adam", 0.5, TENTHS),
+    ("conv4", "digits"): Recipe(5, WAY * (5 + QUERIES), 1e-3, 0.0, "adam", 0.5, TENTHS),
+}
+OPTIMIZERS = {"adam": torch.optim.Adam, "sgd": functools.partial(torch.optim.SGD, momentum=0.9)}
 STATISTICS = {"none": ([0.0], [1.0]), "imagenet": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])}
+FC100 = {  # CIFAR-100's superclasses (Oreshkin et al. 2018): 60, 20 and 20 classes
+    "train": (1, 2, 3, 4, 5, 6, 9, 10, 15, 17, 18, 19),
+    "validation": (8, 11, 13, 16),
+    "test": (0, 7, 12, 14),
+}
 
 
-def recipe(args: argparse.Namespace) -> Recipe:
-    """By task, network and data; digits, which nobody published, get a short one."""
-    dataset = args.dataset.partition(":")[0].removesuffix("lt")
-    if args.task == "fewshot":
-        if dataset == "digits":
-            return Recipe(5, 1, "adam", 1e-3, 0.0, 0.5, TENTHS)
-        if args.network == "conv4":
-            return Recipe(100, 1, "adam", 1e-4, 0.0, 0.5, TENTHS)
-        return Recipe(100, 1, "sgd", 1e-4, 5e-4, 0.5, TENTHS)
-    if dataset == "digits":
-        return Recipe(40, 32, "adam", 1e-3, 5e-5)
-    if args.network == "mlp":
-        return Recipe(100, 256, "adam", 1e-3, 5e-5, statistics="none")
-    if args.network == "lenet":
-        return Recipe(20, 128, "adam", 1e-3, 0.0, statistics="none")
-    if args.network == "cnn":  # published: batches of 32 for the layer, 64 without; here 64 for all
-        return Recipe(20, 64, "adam", 1e-3, 0.0, statistics="none")
-    if args.network == "cnn9":
-        return Recipe(160, 128, "adam", 1e-3, 5e-4, 0.1, (80 / 160, 130 / 160), "crop+flip")
-    if dataset == "fashionmnist":
-        return Recipe(100, 128, "sgd", 0.01, 5e-4, 0.5, (0.2, 0.4, 0.6, 0.8), "crop+flip")
-    if dataset == "cifar100":
-        return Recipe(200, 128, "sgd", 0.1, 5e-4, 0.2, (0.3, 0.6, 0.8), "crop+flip+rotate")
-    statistics = "imagenet" if dataset == "cifar10" else "data"
-    return Recipe(300, 128, "sgd", 0.05, 5e-4, 0.5, TENTHS, "crop+flip", statistics)
+def find_recipe(net: str, dataset: str) -> Recipe:
+    base, _, _ = split_name(dataset)
+    return RECIPES.get((net, base), RECIPES[net, ""])
 
 
-def learning_rate(epoch: int, args: argparse.Namespace) -> float:
-    at = sum(epoch / args.epochs >= share for share in recipe(args).at)
-    return args.lr * recipe(args).factor ** at
+def apply_recipe(recipe: Recipe, data: Dataset) -> Dataset:
+    """The data set with the recipe's normalisation, crops and flips."""
+    if recipe.statistics != "data":
+        mean, std = (torch.tensor(values).expand(len(data.mean)) for values in STATISTICS[recipe.statistics])
+        data = data._replace(mean=mean, std=std)
+    return data if recipe.crop else data._replace(pad=0, flip=False)
+
+
+def learning_rate(epoch: int, args: argparse.Namespace, recipe: Recipe) -> float:
+    """--lr times the recipe's factor for every share of the epochs that is over."""
+    drops = sum(epoch / args.epochs >= share for share in recipe.at)
+    return args.lr * recipe.factor**drops
 
 
 def rotate(x: Tensor, degrees: Tensor, black: Tensor) -> Tensor:
     """Rotate each image of x (B, C, H, W) by its own angle (B,); what comes in is `black` (C,)."""
     B, C, H, W = x.shape
-    cos, sin = (f(torch.deg2rad(degrees)) for f in (torch.cos, torch.sin))
-    zero, black = torch.zeros_like(cos), black[:, None, None]
+    cos = torch.deg2rad(degrees).cos()
+    sin = torch.deg2rad(degrees).sin()
+    zero = torch.zeros_like(cos)
+    black = black[:, None, None]
     # grid coordinates run from -1 to 1 on both axes, so a rotation of pixels is stretched by H / W
     matrix = torch.stack([cos, -sin * H / W, zero, sin * W / H, cos, zero], 1).view(B, 2, 3)
     grid = F.affine_grid(matrix, [B, C, H, W], align_corners=False)
     return F.grid_sample(x - black, grid, mode="nearest", align_corners=False) + black
 
 
-@torch.no_grad()
-def embed(module, batches: Batches, index: Tensor, precision: str):
-    """module's outputs, unaugmented, for the images `index`, on the device where metrics are computed."""
-    module.eval()
-    found, views = [], batches.views(index)
-    for x in batches.sequence(views, split_evenly(len(index), 500)):
-        with torch.autocast(batches.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            z = module["trunk"](x)
-        out = module["head"](z.float())
-        found.append(out if isinstance(out, tuple) else (out,))
-    measure = metric_device(batches.device)
-    return [torch.cat(parts).to(measure) for parts in zip(*found, strict=True)]
+def train_classifier(args: argparse.Namespace, name: str, seed: int, data: Dataset, run: Run) -> dict:
+    """Train one method with one seed, from its last checkpoint on. Returns what was measured at the end."""
+    recipe = find_recipe(args.net, args.dataset)
+    data = apply_recipe(recipe, data)
+    N = len(data.train_y)
+    torch.manual_seed(seed)  # initial weights and dropout
+    generator = torch.Generator().manual_seed(seed)  # order, crops, flips and rotations
+    model = build_classifier(args, name, data).to(run.device, memory_format=torch.channels_last)
+    trunk, layer, classifier = run.prepare(model)  # speed only: --compile
+    make = OPTIMIZERS[recipe.optimizer]
+    optimizer = make(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=run.fused)
+    images = Batches(data.train_x, data.mean, data.std, pad=data.pad, flip=data.flip, device=run.device)
+    black = (-data.mean / data.std).to(run.device)
 
-
-class Classification:
-    """retain, overlap, visualise: cross-entropy on images. What `train` needs of a task: see FewShot too."""
-
-    def __init__(self, args: argparse.Namespace, method: Method, data: Dataset, device: torch.device):
-        self.args, self.data, self.device, self.K = args, data, device, len(data.classes)
-        shape = tuple(data.train_x.shape[1:])
-        trunk = build_trunk(args, shape, method.n)
-        scale = args.scale or (1.0 if method.n else 5.0)  # with 5 one or two angles end at 0 or 90 degrees
-        layer = dict(radius=args.radius, scale=scale, delta=args.delta, learnable=not args.fixed_scale)
-        head = Head(method.kind, trunk.n, self.K, args.network in VGG and not method.n, **layer)
-        model = nn.ModuleDict({"trunk": trunk, "head": head})
-        self.model = model.to(device, memory_format=torch.channels_last)
-        self.trunk = torch.compile(trunk) if args.compile else trunk
-        r = recipe(args)
-        mean, std = data.mean, data.std
-        if r.statistics != "data":
-            mean, std = (torch.tensor(v).expand(shape[2]) for v in STATISTICS[r.statistics])
-        crop = dict(pad=data.pad, flip=data.flip) if "crop" in r.augment else {}
-        self.batches = Batches(data.train_x, mean, std, **crop, device=device)
-        self.test = Batches(data.test_x, mean, std, device=device)
-        self.black = (-mean / std).to(device) if "rotate" in r.augment else None
-        self.test_y = data.test_y.to(metric_device(device))
-
-    def draw(self, generator: torch.Generator) -> int:
-        """Draws an epoch; returns its number of steps."""
-        N = len(self.data.train_y)
+    for epoch in run.epochs(args.epochs, model=model, optimizer=optimizer, generator=generator):
+        lr = learning_rate(epoch, args, recipe)
+        optimizer.param_groups[0]["lr"] = lr
         order = torch.randperm(N, generator=generator)
-        views, self.y = self.batches.views(order, generator), self.data.train_y[order].to(self.device)
-        self.degrees = (30 * torch.rand(N, generator=generator) - 15).to(self.device)
-        self.parts = split_evenly(N, self.args.batch_size)
-        self.images = self.batches.sequence(views, self.parts)
-        return len(self.parts)
-
-    def batch(self, step: int) -> tuple[Tensor, ...]:
-        part = self.parts[step]
-        return next(self.images), self.y[part], self.degrees[part]
-
-    def loss(self, x: Tensor, y: Tensor, degrees: Tensor) -> Tensor:
-        if self.black is not None:
-            x = rotate(x, degrees, self.black)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
-            z = self.trunk(x)
-        return F.cross_entropy(self.model["head"](z.float())[1], y)
-
-    def evaluate(self) -> dict[str, float]:
-        logits = embed(self.model, self.test, torch.arange(self.test.N), self.args.precision)[1]
-        return {"accuracy": float((logits.argmax(1) == self.test_y).double().mean())}
-
-    def conclude(self) -> tuple[dict, dict[str, Tensor]]:
-        """The result's measures, and what features.npz keeps."""
-        kept, everything = spread(self.batches.N), torch.arange(self.test.N)
-        train_h, train_z = embed(self.model, self.batches, kept, self.args.precision)
-        test_h, test_z = embed(self.model, self.test, everything, self.args.precision)
-        train_y, test_y = self.data.train_y[kept].to(test_h.device), self.test_y
-        right, M = test_z.argmax(1) == test_y, class_means(train_h, train_y, self.K)
-        norm = test_h.double().norm(dim=1)
-        result = {
-            "accuracy": float(right.double().mean()),
-            "train_accuracy": float((train_z.argmax(1) == train_y).double().mean()),
-            "angle_accuracy": angle_accuracy(test_h, test_y, M),
-            "norm_spread": float(norm.std(correction=0) / norm.mean().clamp_min(1e-12)),
-            "within_cosine": float(F.cosine_similarity(test_h.double(), M[test_y], dim=1).mean()),
-        }
-        if self.args.task == "overlap":
-            found = overlap(test_h, test_y, self.args.norm_gap)
-            for name, cos in zip(("near", "hidden"), found, strict=True):
-                below = [1 - cos < tau for tau in (*TAUS, self.args.tau)]
-                *counts, n = [int(samples.sum()) for samples in below]
-                *errors, wrong = [int((samples & ~right).sum()) for samples in below]
-                result |= {name: n / len(test_y), f"{name}_wrong": wrong / max(1, n)}
-                result |= {f"{name}_counts": counts, f"{name}_errors": errors}
-        features = dict(train_h=train_h, train_y=train_y, test_h=test_h, test_y=test_y, right=right)
-        return result, features | {"W": self.model["head"].linear.weight}
-
-
-def spread(N: int, most: int = 10_000) -> Tensor:
-    """Indices of all N images, or of 10,000 spread evenly: 50,000 features of VGG would fill 800 MB."""
-    return torch.arange(N) if N <= most else torch.linspace(0, N - 1, most).long()
-
-
-def split_classes(dataset: str, classes: tuple[str, ...]) -> dict[str, list[int]]:
-    """Few-shot classes: FC100 for cifar100, else the first and the second half, and none to validate on."""
-    if dataset.partition(":")[0].removesuffix("lt") != "cifar100":
-        half = len(classes) // 2
-        return {"train": list(range(half)), "validation": [], "test": list(range(half, len(classes)))}
-    coarse = coarse_labels(classes, "superclasses")[0].tolist()
-    return {split: [k for k, c in enumerate(coarse) if c in members] for split, members in FC100.items()}
-
-
-class FewShot:
-    """Prototypical networks: an episode's queries are told apart by their distance to the class prototypes.
-
-    Training and test images are thrown together and split by class. Trained with --shots; tested: 1 and 5.
-    """
-
-    def __init__(self, args: argparse.Namespace, method: Method, data: Dataset, device: torch.device):
-        self.args, self.method, self.device = args, method, device
-        images, self.y = concatenate(data.train_x, data.test_x), torch.cat([data.train_y, data.test_y])
-        classes, self.pools = split_classes(args.dataset, data.classes), {}
-        for split, members in classes.items():
-            chosen = torch.isin(self.y, torch.tensor(members, dtype=torch.long))
-            self.pools[split] = chosen.nonzero().flatten()
-            fewest = min((int((self.y == k).sum()) for k in members), default=0)
-            need = max(args.shots, 5) + args.queries
-            if members and (len(members) < args.way or fewest < need):
-                raise UserError(
-                    f"--dataset {args.dataset}: {len(members)} {split} classes of {fewest} images or more; "
-                    f"--way, --shots and --queries ask for {args.way} of {need}"
-                )
-        trunk = build_backbone(args, tuple(data.train_x.shape[1:]), method.last)
-        scale, learnable = args.scale or 5.0, not args.fixed_scale
-        layer = dict(radius=args.radius, scale=scale, delta=args.delta, learnable=learnable)
-        head = Spherization(trunk.n, **layer) if method.last == "sphere" else nn.Identity()
-        model = nn.ModuleDict({"trunk": trunk, "head": head})
-        self.model = model.to(device, memory_format=torch.channels_last)
-        self.trunk = torch.compile(trunk) if args.compile else trunk
-        self.batches = Batches(images, data.mean, data.std, device=device)
-        queries = torch.arange(args.way).repeat_interleave(args.queries)
-        self.queries, self.K = queries.to(device), len(data.classes)
-
-    def draw(self, generator: torch.Generator) -> int:
-        a, pool = self.args, self.pools["train"]
-        episodes = draw_episodes(self.y[pool], a.episodes, a.way, a.shots + a.queries, generator)
-        views, size = self.batches.views(pool[episodes.flatten()]), a.way * (a.shots + a.queries)
-        parts = [slice(step * size, (step + 1) * size) for step in range(a.episodes)]
-        self.images = self.batches.sequence(views, parts)
-        return a.episodes
-
-    def batch(self, step: int) -> tuple[Tensor]:
-        return (next(self.images),)
-
-    def loss(self, x: Tensor) -> Tensor:
-        a = self.args
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=a.precision == "bf16"):
-            z = self.trunk(x)
-        h = self.model["head"](z.float()).view(1, a.way, a.shots + a.queries, -1)
-        return F.cross_entropy(prototype_logits(h, a.shots, self.method.kind)[0], self.queries)
-
-    def accuracies(self, split: str, shots: int, episodes: int) -> Tensor:
-        """Accuracy of each of so many episodes, (episodes,); the same ones for every method and seed."""
-        a, pool = self.args, self.pools[split]
-        (h,) = embed(self.model, self.batches, pool, a.precision)  # every image once
-        generator = torch.Generator().manual_seed(0)
-        drawn = draw_episodes(self.y[pool], episodes, a.way, shots + a.queries, generator)
-        found = []
-        for part in split_evenly(episodes, 50):
-            logits = prototype_logits(h[drawn[part].to(h.device)], shots, self.method.kind)
-            found.append((logits.argmax(2) == self.queries.to(h.device)).double().mean(1))
-        return torch.cat(found)
-
-    def evaluate(self) -> dict[str, float]:
-        if not len(self.pools["validation"]):
-            return {}
-        return {"accuracy": float(self.accuracies("validation", self.args.shots, 500).mean())}
-
-    def conclude(self) -> tuple[dict, dict[str, Tensor]]:
-        result = {}
-        for shots in (1, 5):
-            found = self.accuracies("test", shots, self.args.test_episodes)
-            result[f"accuracy_{shots}shot"] = float(found.mean())
-            result[f"interval_{shots}shot"] = 1.96 * float(found.std()) / len(found) ** 0.5
-        result["accuracy"] = result["accuracy_5shot"]
-        features = {}
-        for split in ("train", "test"):
-            index = self.pools[split][spread(len(self.pools[split]))]
-            (features[f"{split}_h"],) = embed(self.model, self.batches, index, self.args.precision)
-            features[f"{split}_y"] = self.y[index]
-        M = class_means(features["train_h"], features["train_y"].to(features["train_h"].device), self.K)
-        features["W"] = M[features["train_y"].unique()]  # no classifier was trained: W holds prototypes
-        return result, features
-
-
-def random_state(device: torch.device) -> dict[str, Tensor]:
-    """Of torch's own generators, which dropout draws from."""
-    state = {"cpu": torch.get_rng_state()}
-    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
-
-
-def build(args: argparse.Namespace, name: str, data: Dataset, device: torch.device):
-    task = FewShot if args.task == "fewshot" else Classification
-    return task(args, TASKS[args.task][name], data, device)
-
-
-def train(args, name: str, seed: int, data: Dataset, run: Run, device: torch.device) -> dict:
-    """Train one method with one seed in its run folder, from its last checkpoint on; returns the result."""
-    generator = torch.Generator().manual_seed(seed)  # order, augmentation, episodes; all on the CPU
-    torch.manual_seed(seed)  # initialisation and dropout
-    task = build(args, name, data, device)
-    model = task.model
-    learnable = [p for p in model.parameters() if p.requires_grad]
-    if args.optimizer == "adam":
-        optimizer = torch.optim.Adam(learnable, args.lr, weight_decay=args.weight_decay)
-    else:
-        rate = dict(momentum=0.9, nesterov=args.task == "fewshot", weight_decay=args.weight_decay)
-        optimizer = torch.optim.SGD(learnable, args.lr, **rate)
-    start, best, seconds = 0, 0.0, 0.0
-
-    state = run.load_checkpoint(device)
-    if state is not None:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        generator.set_state(state["generator"].cpu())
-        torch.set_rng_state(state["random"]["cpu"].cpu())
-        if "cuda" in state["random"] and device.type == "cuda":
-            torch.cuda.set_rng_state(state["random"]["cuda"].cpu(), device)
-        start, best, seconds = state["epoch"], state["best"], state["seconds"]
-
-    def step(*batch: Tensor) -> Tensor:
-        loss = task.loss(*batch)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
-
-    training_step = TrainingStep(step, optimizer, device, capture=not args.compile)
-
-    def checkpoint(epoch: int) -> None:
-        parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        random = {"generator": generator.get_state(), "random": random_state(device)}
-        run.save_checkpoint({**parts, **random, "epoch": epoch, "best": best, "seconds": seconds})
-
-    if state is None:
-        checkpoint(0)  # so that Ctrl-C in the first epoch leaves something to resume
-    ahead, title = range(start, args.epochs), f"{name} seed {seed}"
-    # disable=None: silent without terminal
-    bar = tqdm(ahead, initial=start, total=args.epochs, desc=title, disable=None)
-    for epoch in bar:
-        began = time.perf_counter()
-        steps = task.draw(generator)
-        steps = min(steps, 2) if args.dry_run else steps
-        training_step.set_learning_rate(learning_rate(epoch, args))
-        losses = torch.zeros(steps, device=device)  # read once an epoch: no step waits for the host
+        labels = data.train_y[order].to(run.device)
+        batches = images.epoch(order, args.batch_size, generator)
+        degrees = (30 * torch.rand(N, generator=generator) - 15).to(run.device)  # (N,)
         model.train()
-        for i in range(steps):
-            losses[i] = training_step(*task.batch(i))
-            if i == 0:
-                warm = time.perf_counter()
-        if not losses.isfinite().all():
-            bad = int((~losses.isfinite()).nonzero()[0])
-            raise UserError(
-                f"{name} seed {seed}: the loss is not finite in epoch {epoch + 1}, step {bad + 1}; lower "
-                f"--lr and --overwrite. Last good checkpoint: epoch {epoch}, {run.folder}/checkpoint.pt"
-            )
-        seconds += time.perf_counter() - began
-        line = dict(epoch=epoch + 1, lr=learning_rate(epoch, args), loss=float(losses.mean()))
-        if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
-            line |= task.evaluate()
-        if "accuracy" in line:
-            best = max(best, line["accuracy"])
-            bar.set_postfix(loss=f"{line['loss']:.3f}", accuracy=f"{100 * line['accuracy']:.2f}")
-        line["seconds"] = seconds
-        if epoch == 0 and args.epochs > 1:  # forecast without the first step, which also sets things up
-            epoch_time = (time.perf_counter() - warm) * steps / max(steps - 1, 1)
-            tqdm.write(f"{name} seed {seed}: about {epoch_time * (args.epochs - 1) / 60:.1f} more minutes")
-        run.log(line)
-        checkpoint(epoch + 1)
-
-    measured, features = task.conclude()
-    run.save_features(**features)
-    about = {"method": name, "seed": seed, "epochs": args.epochs, "seconds": seconds}
-    if "accuracy" in run.history[-1]:
-        about["best_validation" if args.task == "fewshot" else "best_accuracy"] = best
-    run.finish({**about, **measured})
-    return run.finished
+        for part, x in batches:  # (B, C, H, W)
+            if recipe.rotate:
+                x = rotate(x, degrees[part], black)
+            with run.autocast():  # bf16 inside the network only
+                z = trunk(x)  # (B, n)
+            h = layer(z.float())  # (B, d); d = n + 1 and ||h|| = r on the sphere
+            loss = F.cross_entropy(classifier(h), labels[part])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            run.add_loss(loss)  # stays on the device; read once per epoch
+        run.log(lr=lr)
+        if run.is_test_epoch(epoch):  # every --eval-every epochs, and after the last one
+            h = embed(model, data.test_x, data, run)
+            run.log(accuracy=accuracy(model["classifier"], h, data.test_y))
+    return measure(args, model, data, run)
 
 
-# %% [5] Evaluation and figures
+def train_prototypes(args: argparse.Namespace, name: str, seed: int, data: Dataset, run: Run) -> dict:
+    """Train one few-shot method, one episode per step: queries are told apart by distance to prototypes."""
+    metric = PROTOTYPES[name].metric
+    recipe = find_recipe(args.net, args.dataset)
+    data = apply_recipe(recipe, data)
+    x, y, pools = split_by_class(args, data)
+    pool = pools["train"]
+    torch.manual_seed(seed)  # initial weights
+    generator = torch.Generator().manual_seed(seed)  # episodes
+    model = build_embedding(args, name, data).to(run.device, memory_format=torch.channels_last)
+    trunk, layer = run.prepare(model)  # speed only: --compile
+    make = OPTIMIZERS[recipe.optimizer]
+    optimizer = make(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=run.fused)
+    images = Batches(x, data.mean, data.std, device=run.device)
+    queries = torch.arange(WAY, device=run.device).repeat_interleave(QUERIES)  # (WAY * QUERIES,)
+
+    for epoch in run.epochs(args.epochs, model=model, optimizer=optimizer, generator=generator):
+        lr = learning_rate(epoch, args, recipe)
+        optimizer.param_groups[0]["lr"] = lr
+        episodes = draw_episodes(y[pool], args.episodes, WAY, args.shots + QUERIES, generator)
+        order = pool[episodes.flatten()]  # image numbers, episode after episode
+        model.train()
+        for _, batch in images.epoch(order, args.batch_size):  # (WAY * (shots + QUERIES), C, H, W)
+            with run.autocast():  # bf16 inside the network only
+                z = trunk(batch)
+            h = layer(z.float()).view(1, WAY, args.shots + QUERIES, -1)
+            loss = F.cross_entropy(prototype_logits(h, args.shots, metric)[0], queries)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            run.add_loss(loss)
+        run.log(lr=lr)
+        if run.is_test_epoch(epoch) and len(pools["validation"]):
+            h = embed(model, x[pools["validation"]], data, run)
+            found = episode_accuracies(h, y[pools["validation"]], args.shots, 500, metric)
+            run.log(validation_accuracy=float(found.mean()))
+    return measure_prototypes(args, model, metric, data, run)
 
 
-def draw_figures(folder: Path, runs: list[Run], args: argparse.Namespace) -> list[str]:
-    """Figures of finished runs, one idea each, methods side by side; returns the names of the files."""
-    names = list(dict.fromkeys(r.finished["method"] for r in runs))
-    by_method = {name: [r for r in runs if r.finished["method"] == name] for name in names}
-    saved = []
+def split_by_class(args: argparse.Namespace, data: Dataset) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """All images, their labels (N,), and the image numbers of each few-shot split.
 
-    def save(name: str, figure: Figure) -> None:
-        write_atomically(folder / name, lambda part: figure.savefig(part, dpi=110))
-        saved.append(name)
+    FC100 for cifar100; else the first and the second half of the classes, and none to validate on.
+    Raises UserError for fewer classes or images than an episode has.
+    """
+    y = torch.cat([data.train_y, data.test_y])
+    K = len(data.classes)
+    if split_name(args.dataset)[0] == "cifar100":
+        coarse, _ = coarse_labels(data.classes, "superclasses")  # (K,)
+        classes = {split: torch.isin(coarse, torch.tensor(members)) for split, members in FC100.items()}
+    else:
+        first = torch.arange(K) < K // 2
+        classes = {"train": first, "validation": torch.zeros_like(first), "test": ~first}
+    need = max(args.shots, 5) + QUERIES
+    for split, members in classes.items():
+        n = torch.bincount(y, minlength=K)[members]
+        if len(n) and (len(n) < WAY or n.min() < need):
+            found = f"{len(n)} {split} classes of {n.min()} images or more"
+            raise UserError(f"--dataset {args.dataset}: {found}; an episode has {WAY} classes of {need}")
+    pools = {split: members[y].nonzero().flatten() for split, members in classes.items()}
+    return concatenate(data.train_x, data.test_x), y, pools
 
-    def percent(name: str, key: str) -> np.ndarray:
-        return np.array([100 * r.finished[key] for r in by_method[name]])
 
-    tested = {name: [[x for x in r.history if "accuracy" in x] for r in by_method[name]] for name in names}
-    if all(lines[0] for lines in tested.values()):
-        figure = Figure(figsize=(6, 4), layout="constrained")
-        plot = figure.subplots()
-        for i, (name, lines) in enumerate(tested.items()):
-            y = 100 * np.mean([[x["accuracy"] for x in one] for one in lines], axis=0)
-            look = {
-                "color": str(0.7 * i / max(1, len(names) - 1)),
-                "marker": "osv^dPX*h"[i % 9],
-                "label": name,
-            }
-            plot.plot([x["epoch"] for x in lines[0]], y, markevery=max(1, len(y) // 10), **look)
-        what = "validation" if args.task == "fewshot" else "test"
-        plot.set(xlabel="epoch", ylabel=f"{what} accuracy (%)")
-        plot.legend()
-        save("training.png", figure)
+# %% [5] Results
 
-    if args.task == "fewshot":
-        figure = Figure(figsize=(6.5, 4), layout="constrained")
-        plot = figure.subplots()
-        for shots, marker, color in ((1, "o", "0.55"), (5, "s", "black")):
-            y = [percent(name, f"accuracy_{shots}shot").mean() for name in names]
-            error = [percent(name, f"interval_{shots}shot").mean() for name in names]
-            look = {"fmt": marker, "color": color, "capsize": 4, "label": f"{shots}-shot"}
-            plot.errorbar(y, range(len(names)), xerr=error, **look)
-        plot.axvline(100 / args.way, ls=":", color="0.6", label="chance")
-        plot.set_yticks(range(len(names)), names)
-        plot.invert_yaxis()
-        plot.set(xlabel=f"{args.way}-way test accuracy (%), 95% interval over episodes")
-        figure.legend(loc="outside lower center", ncols=3, frameon=False)
-        save("fewshot.png", figure)
-        return saved
 
-    def panels(n: int, most: int) -> tuple[Figure, int]:
-        rows, columns = -(-n // most), min(n, most)
-        return Figure(figsize=(3.2 * columns, 3.3 * rows + 0.3), layout="constrained"), rows
+@torch.no_grad()
+def embed(model: nn.ModuleDict, images: Tensor, data: Dataset, run: Run) -> Tensor:
+    """Features h (N, d) of every image in order, without augmentation."""
+    model.eval()
+    found = []
+    loader = Batches(images, data.mean, data.std, device=run.device)
+    for _, x in loader.epoch(torch.arange(len(images)), 500):
+        with run.autocast():
+            z = model["trunk"](x)
+        found.append(model["layer"](z.float()))
+    return torch.cat(found).to(metric_device(run.device))
 
-    arrays = {name: found[0].load_features() for name, found in by_method.items()}
-    small = {name: a for name, a in arrays.items() if a["test_h"].shape[1] <= 3}
-    if small:  # each feature drawn as its class's number
-        figure, rows = panels(len(small), 3)
-        for i, (name, a) in enumerate(small.items()):
-            d, K = a["test_h"].shape[1], len(a["W"])
-            solid = {"projection": "3d"} if d == 3 else {}
-            plot = figure.add_subplot(rows, min(3, len(small)), i + 1, **solid)
-            for k in range(K):
-                h, shade = a["test_h"][a["test_y"] == k][:40], str(0.65 * k / max(1, K - 1))
-                plot.plot(*h.T, ls="", marker=f"${k}$", color=shade, markersize=5, mew=0.3)
-            ends = [min(0, 1.05 * a["test_h"].min()), 1.05 * a["test_h"].max() + 1e-9]
-            plot.set(title=name, xlabel="$h_1$", ylabel="$h_2$", xlim=ends, ylim=ends)
-            if d == 3:
-                plot.set(zlabel="$h_3$", zlim=ends)
-                plot.view_init(elev=30, azim=45)
-                plot.tick_params(labelsize=6)
-            else:
-                plot.set_aspect("equal")
-        save("sphere.png", figure)
 
-    # What the norm tells: each test feature's length, against the angle to its class's mean
-    figure, rows = panels(len(arrays), 4)
-    grid = figure.subplots(rows, min(4, len(arrays)), squeeze=False, sharex=True, sharey=True)
-    for plot, (name, a) in itertools.zip_longest(grid.flat, arrays.items(), fillvalue=(None, None)):
-        if name is None:
-            plot.axis("off")
-            continue
-        h, y, right = (a[key][:2000] for key in ("test_h", "test_y", "right"))
-        M = class_means(*(torch.from_numpy(a[f"train_{key}"]) for key in "hy"), len(a["W"])).numpy()[y]
-        norm = np.linalg.norm(h, axis=1)
-        cos = (h * M).sum(1) / np.maximum(norm * np.linalg.norm(M, axis=1), 1e-12)
-        angle, norm = np.degrees(np.arccos(cos.clip(-1, 1))), norm / max(norm.mean(), 1e-12)
-        plot.plot(angle[right], norm[right], ".", color="0.7", ms=3, label="right")
-        plot.plot(angle[~right], norm[~right], "x", color="black", ms=5, label="misclassified")
-        plot.set(title=name, xlabel="angle to class mean (degrees)", ylabel="norm / mean norm")
-    handles = grid.flat[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=2, frameon=False)
-    save("norm_angle.png", figure)
+def accuracy(classifier: Classifier, h: Tensor, y: Tensor) -> float:
+    """Share of features h (N, d) whose argmax_k w_k . h + b_k is that of y (N,)."""
+    z = logits(h, classifier.class_vectors(), classifier.bias)
+    return float((z.argmax(1) == y.to(z.device)).double().mean())
 
+
+TAUS = (1e-4, 1e-3, 1e-2, 5e-2, 0.1)  # 1 - cosine: 0.8, 2.6, 8, 18, 26 degrees
+KEPT = 10_000  # training images that are measured: 50,000 features of VGG would fill 800 MB
+
+
+def measure(args: argparse.Namespace, model: nn.ModuleDict, data: Dataset, run: Run) -> dict:
+    """Everything that is measured after training a classifier; writes features.npz."""
+    classifier = model["classifier"]
+    kept = keep_per_class(data.train_y, KEPT // len(data.classes))
+    train_h = embed(model, data.train_x[kept], data, run)
+    train_y = data.train_y[kept].to(train_h.device)
+    test_h = embed(model, data.test_x, data, run)
+    test_y = data.test_y.to(test_h.device)
+    W = classifier.class_vectors()
+    bias = {} if classifier.bias is None else {"b": classifier.bias}
+    run.save_features(train_h=train_h, train_y=train_y, test_h=test_h, test_y=test_y, W=W, **bias)
+    M = class_means(train_h, train_y, len(W))
+    norm = test_h.double().norm(dim=1)
+    result = {
+        "task": args.task,
+        "accuracy": accuracy(classifier, test_h, test_y),
+        "train_accuracy": accuracy(classifier, train_h, train_y),
+        "angle_accuracy": angle_accuracy(test_h, test_y, M),
+        "norm_spread": float(norm.std(correction=0) / norm.mean().clamp_min(1e-12)),
+        "within_cosine": float(F.cosine_similarity(test_h.double(), M[test_y], dim=1).mean()),
+    }
     if args.task == "overlap":
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        plot = figure.subplots()
-        x = np.arange(len(names))
-        for shift, key, shade in ((-0.2, "near", "0.85"), (0.2, "hidden", "0.55")):
-            share = [percent(name, key) for name in names]  # a value a seed
-            wrong = [(percent(name, key) * percent(name, f"{key}_wrong") / 100).mean() for name in names]
-            height, error = [n.mean() for n in share], [n.std(ddof=min(1, len(n) - 1)) for n in share]
-            label = "near another class" + (", norms apart" if key == "hidden" else "")
-            plot.bar(x + shift, height, 0.36, yerr=error, color=shade, edgecolor="black", label=label)
-            label = "of these misclassified" if key == "hidden" else None
-            plot.bar(x + shift, wrong, 0.36, color="black", label=label)
-        plot.set_xticks(x, names, rotation=20)
-        plot.set(ylabel="test samples (%)", title=f"Overlapping on the sphere: 1 - cosine < {args.tau:g}")
-        plot.legend()
-        save("overlap.png", figure)
-    return saved
+        wrong = logits(test_h, W, classifier.bias).argmax(1) != test_y
+        for name, cos in zip(("near", "hidden"), overlap(test_h, test_y), strict=True):
+            near = 1 - cos < args.tau
+            result[name] = float(near.double().mean())
+            result[f"{name}_wrong"] = int((near & wrong).sum()) / max(1, int(near.sum()))
+            result[f"{name}_counts"] = [int((1 - cos < tau).sum()) for tau in TAUS]
+            result[f"{name}_errors"] = [int(((1 - cos < tau) & wrong).sum()) for tau in TAUS]
+    return result
 
 
-def results_table(runs: list[Run], args: argparse.Namespace) -> str:
-    """Mean ± std over seeds, a row a method: last epoch's accuracy first, the best epoch's beside it."""
-    columns = {  # key: title, digits, factor
-        "accuracy": ("accuracy %", 2, 100), "best_accuracy": ("best %", 2, 100),
-        "angle_accuracy": ("by angle %", 2, 100), "norm_spread": ("norm spread", 3, 1),
-        "within_cosine": ("within cosine", 3, 1), "near": ("near %", 2, 100),
-        "near_wrong": ("wrong %", 2, 100), "hidden": ("hidden %", 2, 100),
-        "hidden_wrong": ("wrong %", 2, 100),
-        "accuracy_1shot": ("1-shot %", 2, 100), "interval_1shot": ("± 95%", 2, 100),
-        "accuracy_5shot": ("5-shot %", 2, 100), "interval_5shot": ("± 95%", 2, 100),
-        "best_validation": ("best val. %", 2, 100), "seconds": ("train s", 0, 1),
-    }  # fmt: skip
-    if args.task == "fewshot":
-        del columns["accuracy"]
-    keys = [key for key in columns if all(key in r.finished for r in runs)]
+def episode_accuracies(h: Tensor, y: Tensor, shots: int, episodes: int, metric: str) -> Tensor:
+    """Accuracy of each of so many episodes, (episodes,), on features h (N, d); the same in every run."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = draw_episodes(y, episodes, WAY, shots + QUERIES, generator)
+    queries = torch.arange(WAY, device=h.device).repeat_interleave(QUERIES)
+    found = []
+    for some in drawn.split(50):
+        z = prototype_logits(h[some.to(h.device)], shots, metric)  # (50, WAY * QUERIES, WAY)
+        found.append((z.argmax(2) == queries).double().mean(1))
+    return torch.cat(found)
+
+
+def measure_prototypes(
+    args: argparse.Namespace, model: nn.ModuleDict, metric: str, data: Dataset, run: Run
+) -> dict:
+    """Accuracy with 1 and 5 shots, test and training classes; writes features.npz, which has no W."""
+    x, y, pools = split_by_class(args, data)
+    result = {"task": args.task}
+    features = {}
+    for split, prefix in (("train", "train_"), ("test", "")):
+        pool = pools[split]
+        h = embed(model, x[pool], data, run)
+        for shots in (1, 5):
+            found = episode_accuracies(h, y[pool], shots, args.test_episodes, metric)
+            result[f"{prefix}accuracy_{shots}shot"] = float(found.mean())
+            result[f"{prefix}interval_{shots}shot"] = 1.96 * float(found.std()) / len(found) ** 0.5
+        kept = keep_per_class(y[pool], KEPT // len(y[pool].unique()))
+        features[f"{split}_h"] = h[kept.to(h.device)]
+        features[f"{split}_y"] = y[pool][kept]
+    run.save_features(**features)
+    return result | {"accuracy": result["accuracy_5shot"], "train_accuracy": result["train_accuracy_5shot"]}
+
+
+def group(runs: list[Run]) -> dict[str, list[Run]]:
+    """Runs by method, in the chapter's order."""
+    names = TASKS[runs[0].finished["task"]].methods
+    by_method = {name: [run for run in runs if run.name == name] for name in names}
+    return {name: found for name, found in by_method.items() if found}
+
+
+CAPTIONS = {
+    "training.png": "accuracy over epochs: of the test images, or in validation episodes",
+    "norm_angle.png": "length of each test feature, and its angle to the mean of its class",
+    "octant.png": "features of two and three dimensions; how s z becomes two angles, and these a point",
+    "overlap.png": "test samples that lie within tau of another class when only angles count",
+    "fewshot.png": "test accuracy with 1 and 5 shots, with its 95% interval",
+}
+
+
+def draw_figures(folder: Path, runs: list[Run]) -> None:
+    """At most three figures of finished runs, methods side by side; features are those of the first seed."""
+    task = runs[0].finished["task"]
+    by_method = group(runs)
+    style = styles(TASKS[task].methods)
+    key = "validation_accuracy" if task == "fewshot" else "accuracy"
+    points = {}
+    for name, found in by_method.items():
+        lines = [[line[key] for line in run.history if key in line] for run in found]
+        epochs = [line["epoch"] for line in found[0].history if key in line]
+        points[name] = epochs, 100 * np.mean(lines, axis=0)
+    if epochs:
+        curves(folder / "training.png", points, style, xlabel="epoch", ylabel=f"{key.replace('_', ' ')} (%)")
+    if task == "fewshot":
+        draw_fewshot(folder / "fewshot.png", by_method)
+        return
+    arrays = {name: found[0].load_features() for name, found in by_method.items()}
+    draw_norm_and_angle(folder / "norm_angle.png", arrays)
+    small = {name: values for name, values in arrays.items() if values["test_h"].shape[1] <= 3}
+    if small:
+        draw_octant(folder / "octant.png", small)
+    if task == "overlap":
+        for name, found in by_method.items():
+            share = np.mean([run.finished["near_counts"] for run in found], axis=0)
+            points[name] = TAUS, 100 * share / len(arrays[name]["test_y"])
+        axes = {"xlabel": "tau = 1 - cosine", "ylabel": "test samples near another class (%)"}
+        curves(folder / "overlap.png", points, style, **axes, xscale="log")
+
+
+def draw_fewshot(path: Path, by_method: dict[str, list[Run]]) -> None:
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    plot = figure.subplots()
+    style = styles(["1-shot", "5-shot"])
+    for shots in ("1-shot", "5-shot"):
+        key = shots.replace("-", "")
+        results = [[run.finished for run in found] for found in by_method.values()]
+        mean = [100 * np.mean([r[f"accuracy_{key}"] for r in found]) for found in results]
+        interval = [100 * np.mean([r[f"interval_{key}"] for r in found]) for found in results]
+        plot.errorbar(mean, range(len(mean)), xerr=interval, ls="", capsize=4, label=shots, **style[shots])
+    plot.axvline(100 / WAY, ls=":", color="0.6", label="chance")
+    plot.set_yticks(range(len(by_method)), by_method)
+    plot.invert_yaxis()
+    plot.set(xlabel=f"{WAY}-way test accuracy (%)")
+    figure.legend(loc="outside right upper", frameon=False)
+    save_figure(path, figure)
+
+
+def draw_norm_and_angle(path: Path, arrays: dict[str, dict]) -> None:
+    """What the norm tells: the length of each test feature, against its angle to the mean of its class."""
+    columns = min(4, len(arrays))
+    rows = -(-len(arrays) // columns)
+    figure = Figure(figsize=(3.2 * columns, 3.3 * rows + 0.3), layout="constrained")
+    for i, (name, values) in enumerate(arrays.items()):
+        values = {key: torch.from_numpy(value) for key, value in values.items()}
+        M = class_means(values["train_h"], values["train_y"], len(values["W"]))
+        h = values["test_h"][:2000]
+        y = values["test_y"][:2000]
+        right = logits(h, values["W"], values.get("b")).argmax(1) == y
+        angle = F.cosine_similarity(h.double(), M[y], dim=1).clamp(-1, 1).acos().rad2deg()
+        norm = h.norm(dim=1) / h.norm(dim=1).mean().clamp_min(1e-12)
+        plot = figure.add_subplot(rows, columns, i + 1)
+        plot.plot(angle[right], norm[right], ".", color="#56B4E9", ms=3, label="right")
+        plot.plot(angle[~right], norm[~right], "x", color="#D55E00", ms=5, label="misclassified")
+        plot.set(title=name, xlabel="angle to class mean (degrees)", ylabel="norm / mean norm")
+        plot.set(xlim=(0, 90), ylim=(0, 3))
+    figure.legend(*plot.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    save_figure(path, figure)
+
+
+def draw_octant(path: Path, arrays: dict[str, dict]) -> None:
+    """Features of two and three dimensions, each its class's number; of two angles, how they come about."""
+    panels = []  # title, points (N, 2 or 3), labels (N,), names of the axes
+    for name, values in arrays.items():
+        h = torch.from_numpy(values["test_h"])
+        y = values["test_y"]
+        if name == "sphere-3d":
+            phi = angles(h.double())
+            phi_L = lower_bound(2)
+            z = ((phi - phi_L) / (math.pi / 2 - phi_L)).clamp(1e-5, 1 - 1e-5).logit()
+            panels.append((f"{name}: s z", z, y, ["$s z_1$", "$s z_2$"]))
+            panels.append((f"{name}: angles", phi.rad2deg(), y, ["$\\varphi_1$ (°)", "$\\varphi_2$ (°)"]))
+        panels.append((f"{name}: features", h, y, ["$x_1$", "$x_2$", "$x_3$"][: h.shape[1]]))
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(3.6 * columns, 3.6 * rows), layout="constrained")
+    for i, (title, points, y, names) in enumerate(panels):
+        plot = figure.add_subplot(rows, columns, i + 1, projection="3d" if len(names) == 3 else None)
+        for k in range(int(y.max()) + 1):
+            some = points[y == k][:30].numpy()
+            plot.plot(*some.T, ls="", marker=f"${k}$", color=f"C{k % 10}", markersize=6, mew=0.3)
+        plot.set(title=title, xlabel=names[0], ylabel=names[1])
+        if len(names) == 3:
+            plot.set(zlabel=names[2])
+            plot.view_init(elev=30, azim=45)
+    save_figure(path, figure)
+
+
+COLUMNS = {  # key: title, digits, factor, what it is
+    "accuracy": ("accuracy", 2, 100, "% of the test images after the last epoch"),
+    "train_accuracy": ("train", 2, 100, "% of the training images, without augmentation (10,000 at most)"),
+    "best_accuracy": ("best", 2, 100, "highest accuracy of the tested epochs, chosen on the test set"),
+    "angle_accuracy": ("by angle", 2, 100, "% right by the nearest class mean, by cosine"),
+    "norm_spread": ("norm spread", 3, 1, "std / mean of the test features' lengths; 0 on a sphere"),
+    "within_cosine": ("within cos", 3, 1, "mean cosine of a test feature and the mean of its class"),
+    "near": ("near", 2, 100, "% of the test samples with 1 - cosine < tau to one of another class"),
+    "near_wrong": ("near wrong", 2, 100, "% misclassified among these"),
+    "hidden": ("hidden", 2, 100, "% near in angle to one whose norm is 10% apart: only the norm tells"),
+    "hidden_wrong": ("hidden wrong", 2, 100, "% misclassified among these"),
+    "accuracy_1shot": ("1-shot", 2, 100, "% in test episodes, of classes that were not trained on"),
+    "interval_1shot": ("± 1-shot", 2, 100, "its 95% interval over episodes; likewise for 5-shot"),
+    "accuracy_5shot": ("5-shot", 2, 100, "as 1-shot, with five labelled images per class"),
+    "interval_5shot": ("± 5-shot", 2, 100, ""),
+}
+
+
+def print_results(runs: list[Run], folder: Path) -> None:
+    """A table with one row per method, mean ± std over seeds, and what its columns and figures mean."""
+    methods = TASKS[runs[0].finished["task"]].methods
+    keys = [key for key in COLUMNS if all(key in run.finished for run in runs)]
     rows = []
-    for name in TASKS[args.task]:
-        if found := [r.finished for r in runs if r.finished["method"] == name]:
-            cells = [mean_std([r[key] for r in found], *columns[key][1:]) for key in keys]
-            rows.append([name, len(found), *cells])
-    return table(["method", "seeds", *(columns[key][0] for key in keys)], rows)
-
-
-def overlap_table(runs: list[Run], args: argparse.Namespace) -> str:
-    """Overlapping samples and the share of them misclassified, by tau; the published counts beside them."""
-    rows = []
-    for name in TASKS["overlap"]:
-        if found := [r.finished for r in runs if r.finished["method"] == name]:
-            cells = []
-            for kind, i in itertools.product(("near", "hidden"), range(len(TAUS))):
-                n, wrong = (np.mean([r[f"{kind}_{what}"][i] for r in found]) for what in ("counts", "errors"))
-                cells.append(f"{n:.0f} ({100 * wrong / max(1, n):.1f})")
-            rows.append([name, *cells, "{2} ({3:.2f})".format(*PUBLISHED_OVERLAP[name])])
-    header = [f"{kind} {tau:g}" for kind in ("near", "hidden") for tau in TAUS]
-    return table(["samples (% wrong)", *header, "published"], rows)
+    for name, found in group(runs).items():
+        cells = []
+        for key in keys:
+            _, digits, factor, _ = COLUMNS[key]
+            cells.append(mean_std([run.finished[key] for run in found], digits, factor))
+        rows.append([name, len(found), *cells])
+    print("\n" + table(["method", "seeds", *(COLUMNS[key][0] for key in keys)], rows))
+    for key in keys:
+        title, _, _, about = COLUMNS[key]
+        if about:
+            print(f"{title}: {about}")
+    for name in group(runs):
+        print(f"{name}: {methods[name].about}")
+    print(f"figures in {folder}:")
+    for name, caption in CAPTIONS.items():
+        if (folder / name).exists():
+            print(f"  {name:<16}{caption}")
 
 
 # %% [6] Command line
 
 
-# [copied: parser]
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):  # one line instead of the usage text; main turns it into exit code 2
-        raise UserError(message)
+class Task(NamedTuple):
+    methods: dict  # name: Method or FewShotMethod
+    nets: tuple[str, ...]
+    build: Callable  # (args, name, data) -> model
+    train: Callable  # (args, name, seed, data, run) -> what was measured
 
 
-# [end copied]
+TASKS = {
+    "retain": Task(CLASSIFIERS, tuple(TRUNKS), build_classifier, train_classifier),
+    "overlap": Task(OPERATORS, tuple(TRUNKS), build_classifier, train_classifier),
+    "fewshot": Task(PROTOTYPES, ("conv4",), build_embedding, train_prototypes),
+}
 
 
-def default_network(task: str, dataset: str) -> str:
-    if task == "fewshot":
-        return "conv4"
-    small = dataset.partition(":")[0].removesuffix("lt") in ("digits", "mnist")
-    if small:
-        return "cnn" if task == "visualise" else "mlp"
-    return "cnn9" if task == "overlap" else "vgg11"
+def choose(argv: list[str] | None) -> tuple[str, str, list[str]]:
+    """Task, network and methods, on which other defaults depend: as given, else the default ones.
+
+    A value that does not exist counts as not given; `parse` says what is wrong with it.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("--task", "--dataset", "--net"):
+        first.add_argument(flag, nargs="?")
+    given, _ = first.parse_known_args(argv)
+    task = given.task if given.task in TASKS else "retain"
+    base, _, _ = split_name(given.dataset or "digits")
+    net = TASKS[task].nets[0]
+    if given.net in TASKS[task].nets:
+        net = given.net
+    elif task != "fewshot" and base not in ("digits", "mnist"):
+        net = "vgg11"
+    methods = list(TASKS[task].methods)
+    if task == "retain":
+        methods = ["plain", "sphere"]
+        if base == "digits":  # runs of seconds: also three dimensions, for the picture
+            methods += ["plain-3d", "sphere-3d"]
+    return task, net, methods
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line, with each default filled in and each value checked. Raises UserError."""
-    about = "Representation using only angles: the Spherization layer, and what the norm of a feature hides."
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    add = (parser := Parser("spherization.py", description=about, formatter_class=formatter)).add_argument
-    add("--task", choices=list(TASKS), default="retain", help="what is compared")
-    add("--dataset", default="digits", help=f"{', '.join(SPECS)}, folder:PATH")
-    add("--data-dir", type=Path, default="data", help="where NAME.npz is kept and downloads go")
-    where = "run folders go to OUT/spherization/TASK/DATASET-NETWORK/METHOD/seedS"
-    add("--out", type=Path, default="runs", help=where)
-    methods = "; ".join(f"{task}: {' '.join(found)}" for task, found in TASKS.items())
-    add("--method", nargs="+", metavar="METHOD", help=f"one or more, or all; {methods}")
-    networks = "mlp; to visualise cnn, for larger images vgg11, to overlap cnn9, for few shots conv4"
-    add("--network", choices=[*NETWORKS, *BACKBONES], help=networks)
-    add("--epochs", type=int, help="as published for the task, network and data; digits 40")
-    add("--batch-size", type=int, help="as published; digits 32")
-    add("--optimizer", choices=["adam", "sgd"], help="as published")
-    add("--lr", type=float, help="first learning rate; as published")
-    add("--weight-decay", type=float, help="on all parameters; as published")
-    add("--seed", type=int, nargs="+", default=[0], help="one or more; of weights, order, views and episodes")
-    add("--jobs", type=int, default=1, help="runs at a time, each a process of its own; they share the cores")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where it runs")
-    add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="below the layer only")
-    add("--compile", action="store_true", help="torch.compile the network")
-    add("--resume", action="store_true", help="go on from the last checkpoint")
-    add("--overwrite", action="store_true", help="start anew the runs that are there")
-    add("--dry-run", action="store_true", help="two steps of one epoch of everything, into OUT/dry-run")
-    add("--synthetic", action="store_true", help="check the layer's promises and the layer-peeled model")
-    add("--image-size", type=int, default=32, help="pixels, for folder:PATH")
-    add("--train-size", type=int, default=0, help="so many images, classes alike; 0: all; not for fewshot")
-    add("--width", type=float, default=1.0, help="of VGG: channels times this")
-    add("--radius", type=float, default=5.0, help="r; the published 2-D and 3-D features had 1")
-    add("--scale", type=float, help="s at the start; 5, for 2-D and 3-D features 1")
-    add("--delta", type=float, default=1e-6, help="least product of sines")
-    add("--fixed-scale", action="store_true", help="do not learn s")
-    add("--tau", type=float, default=0.01, help="overlapping: 1 - cosine below this")
-    add("--norm-gap", type=float, default=0.1, help="hidden: and norms differ by more than this share")
-    add("--way", type=int, default=5, help="classes of an episode")
-    add("--shots", type=int, default=5, help="labelled images a class, in training; tested are 1 and 5")
-    add("--queries", type=int, default=15, help="images a class to be classified")
-    add("--episodes", type=int, default=100, help="of an epoch")
-    add("--test-episodes", type=int, default=2000, help="of the test")
-    add("--eval-every", type=int, default=1, help="epochs from test to test; the last is always tested")
-    args = parser.parse_args(argv)
-    args.words = sys.argv[1:] if argv is None else argv
-
-    args.network = args.network or default_network(args.task, args.dataset)
-    fits = BACKBONES if args.task == "fewshot" else NETWORKS
-    if args.network not in fits:
-        raise UserError(f"--network {args.network}: --task {args.task} has {', '.join(fits)}")
-    known = list(TASKS[args.task])
-    if args.method is None:
-        digits = args.dataset.startswith("digits")  # a run of seconds: also three dimensions, for the picture
-        few = ["plain", "sphere"] + ["plain-3d", "sphere-3d"] * digits
-        args.method = few if args.task == "retain" else known
-    for name in args.method:
-        if name not in known and name != "all":
-            raise UserError(f"--method {name}: --task {args.task} has {', '.join(known)}, all")
-    args.method = known if "all" in args.method else list(dict.fromkeys(args.method))
-    for key, value in recipe(args)._asdict().items():
-        if key in args and getattr(args, key) is None:
-            setattr(args, key, value)
-    least = dict(epochs=1, jobs=0, batch_size=1, eval_every=1, image_size=1, train_size=0)
-    for flag, low in (least | dict(way=2, shots=1, queries=1, episodes=1, test_episodes=2)).items():
-        if getattr(args, flag) < low:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected {low} or more")
-    if args.train_size and args.task == "fewshot":
-        raise UserError(f"--train-size {args.train_size}: --task fewshot has episodes, not a training set")
-    for flag in ("lr", "width", "radius", "scale", "norm_gap", "tau"):
-        if getattr(args, flag) is not None and not 0 < getattr(args, flag) < math.inf:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected a number above 0")
-    if not 1e-30 <= args.delta < 1:
-        raise UserError(f"--delta {args.delta}: expected a number from 1e-30, for float32's sake, to 1")
-    if not 0 <= args.weight_decay < 1:
-        raise UserError(f"--weight-decay {args.weight_decay}: expected a number from 0 to 1")
-    args.seed = list(dict.fromkeys(args.seed))
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line, with every default filled in. Raises UserError."""
+    task, net, methods = choose(argv)
+    about = {name: method.about for name, method in TASKS[task].methods.items()}
+    recipes = {}
+    for (network, base), recipe in RECIPES.items():
+        if network == net:
+            recipes[base] = dict(zip(Recipe._fields[:4], recipe, strict=False))
+    title = f"{__doc__.splitlines()[0]}\nDefaults and methods of --task {task} --net {net}:"
+    flags = Arguments("spherization", title, about, methods, recipes)
+    add = flags.add
+    add("--task", choices=list(TASKS), default="retain", help="what is compared; each has its own --help")
+    add("--net", choices=TASKS[task].nets, default=net, help="network")
+    add("--width", type=positive, default=1.0, help="vgg11: channels times this")
+    add("--train-size", type=at_least(0), default=0, help="so many images, classes alike; 0: all")
+    add("--radius", type=positive, default=5.0, help="r; the released 2-D and 3-D features have 1")
+    add("--scale", type=positive, default=5.0, help="s at the start; 2-D and 3-D features start at 1")
+    add("--tau", type=positive, default=0.01, help="overlap: near is 1 - cosine below this")
+    add("--shots", type=at_least(1), default=5, help="fewshot: labelled images per class, in training")
+    add("--episodes", type=at_least(1), default=100, help="fewshot: of an epoch")
+    add("--test-episodes", type=at_least(2), default=2000, help="fewshot: of the test")
+    args = flags.parse(argv)
+    args.folder = args.folder.parent / args.task / f"{args.folder.name}-{args.net}"
+    if args.task == "fewshot":
+        images = WAY * (args.shots + QUERIES)
+        if args.batch_size not in (images, find_recipe(args.net, args.dataset).batch_size):
+            raise UserError(
+                f"--batch-size {args.batch_size}: an episode of --task fewshot has {images} images"
+            )
+        if args.train_size:
+            raise UserError(f"--train-size {args.train_size}: --task fewshot has episodes instead")
+        args.batch_size = images
     if args.dry_run:
-        args.epochs, args.overwrite, args.out = 1, True, args.out / "dry-run"
-        args.test_episodes = min(args.test_episodes, 20)
+        args.episodes = 2
+        args.test_episodes = 20
     return args
 
 
-def balanced_subset(y: Tensor, K: int, size: int) -> Tensor:
-    """Indices of `size` images, the classes alike to within one image; always the same ones."""
-    generator = torch.Generator().manual_seed(0)
-    shuffled = torch.randperm(len(y), generator=generator)
-    rank = torch.empty_like(y)  # the how-manieth of its class each image is
-    for k in range(K):
-        members = shuffled[y[shuffled] == k]
-        rank[members] = torch.arange(len(members))
-    return torch.argsort(rank * K + y)[:size].sort().values
-
-
-# Flags that say where or how often, not what is computed: a run may go on with other values of these.
-NOT_IN_CONFIG = {"out", "data_dir", "method", "seed", "device", "resume", "overwrite", "synthetic"}
-NOT_IN_CONFIG |= {"jobs", "words"}
-
-
-def program(args: argparse.Namespace) -> dict:
-    """Every method with every seed, one after another; the table and the figures. Raises UserError."""
+def main(argv: list[str] | None = None) -> dict:
+    """Train every method with every seed, print the table, draw the figures. Raises UserError."""
+    args = parse(argv)
     if args.synthetic:
-        return {"ok": synthetic(args.out / "spherization" / "synthetic")}
-    device = pick_device(args.device)
-    args.precision = pick_precision(args.precision, device)
-    data = load_dataset(args.dataset, args.data_dir, image_size=args.image_size)
-    K = len(data.classes)
-    if args.train_size and args.task != "fewshot":
-        keep = balanced_subset(data.train_y, K, args.train_size)
-        data = data._replace(train_x=data.train_x[keep], train_y=data.train_y[keep])
-    if args.dry_run and args.task != "fewshot":
-        few, some = spread(len(data.train_y), 2000), spread(len(data.test_y), 500)
-        splits = dict(train_x=data.train_x[few], train_y=data.train_y[few])
-        data = data._replace(**splits, test_x=data.test_x[some], test_y=data.test_y[some])
-    N = len(data.train_y)
-    if N < 2 or (args.batch_size < 2 and args.task != "fewshot"):
-        least = f"--dataset {args.dataset}, --batch-size {args.batch_size}"
-        raise UserError(f"{least}: BatchNorm needs two images at a time")
-    name = args.dataset.replace(":", "-").replace("/", "-")
-    folder = args.out / "spherization" / args.task / f"{name}-{args.network}"
-    print(f"{args.dataset}: {K} classes, {N:,} training images, {len(data.test_y):,} test images")
-    print(f"{hardware(device)}, {args.precision}; into {folder}")
-    for name in args.method:  # says what is wrong with a model before the first one is trained
-        task = build(args, name, data, torch.device("cpu"))
-        size = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
-        print(f"{name}: {args.network}, {size:,} parameters; seeds {args.seed}, ", end="")
-        print(f"{args.epochs} epochs, {args.optimizer} at {args.lr:g}")
-    if args.jobs > 1:  # all are finished then, and what follows only reads them
-        run_side_by_side(Path(__file__), args, device)
-        args.resume, args.overwrite = True, False
+        return check_theory(args.out / "spherization" / "synthetic")
+    task = TASKS[args.task]
+    data = prepare_data(args, per_class=max(args.shots, 5) + QUERIES if args.task == "fewshot" else 0)
+    if args.train_size:
+        kept = keep_per_class(data.train_y, args.train_size // len(data.classes))
+        data = data._replace(train_x=data.train_x[kept], train_y=data.train_y[kept])
+    if args.task == "fewshot":
+        split_by_class(args, data)  # says what is wrong with the data before the first run
+    for name in args.method:  # and with a model
+        model = task.build(args, name, data)
+        print(f"{name}: {args.net}, {sum(p.numel() for p in model.parameters()):,} parameters")
     runs = []
     for name in args.method:
         for seed in args.seed:
-            flags = {key: value for key, value in vars(args).items() if key not in NOT_IN_CONFIG}
-            flags |= {"method": name, "seed": seed}
-            again = dict(resume=args.resume, overwrite=args.overwrite)
-            run = Run(folder / name / f"seed{seed}", flags, Path(__file__), **again, device=device)
+            run = open_run(args, name, seed, data)
             if not run.finished:
-                train(args, name, seed, data, run, device)
-                draw_figures(run.folder, [run], args)
-            elif args.jobs <= 1:  # else it was said when the run ended
-                accuracy = 100 * run.finished["accuracy"]
-                print(f"{name} seed {seed}: done before, {accuracy:.2f}%; --overwrite redoes it")
+                run.finish(task.train(args, name, seed, data, run))
+                draw_figures(run.folder, [run])
             runs.append(run)
-    if args.jobs == 0:  # one of several at once: the common table and figures are for the one who started us
-        return {"results": [run.finished for run in runs], "folder": str(folder)}
-    print(f"\n{results_table(runs, args)}")
-    if args.task == "fewshot":
-        print(f"{args.way}-way, {args.test_episodes:,} test episodes; trained with {args.shots} shots")
-    else:
-        print("Last epoch. by angle: nearest class mean by cosine; norm spread: std / mean of feature norms")
-    if args.task == "overlap":
-        print(f"near: within tau = {args.tau:g} of a sample of another class in angle; hidden: and in norm")
-        print(f"more than {args.norm_gap:.0%} apart\n\n{overlap_table(runs, args)}")
-        print("published: CIFAR-10, cnn9, a definition that is not known; the counts are not comparable")
-    figures = draw_figures(folder, runs, args)
-    print(f"figures in {folder}: {', '.join(figures)}")
-    return {"results": [run.finished for run in runs], "folder": str(folder)}
-
-
-def main(argv: list[str] | None = None) -> dict:
-    """Run the command line. Exit code 2 after bad input, 1 after a failed claim, 130 after Ctrl-C."""
-    try:
-        result = program(parse(argv))
-    except UserError as error:
-        print(f"spherization.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        words = [w for w in (sys.argv[1:] if argv is None else argv) if w not in ("--resume", "--overwrite")]
-        command = shlex.join(["python", "spherization.py", *words, "--resume"])
-        if words[-2:] != ["--jobs", "0"]:  # else the one who started us says it
-            print(f"\ninterrupted; go on with: {command}", file=sys.stderr)
-        sys.exit(130)
-    if result.get("ok") is False:
-        sys.exit(1)
-    return result
+    draw_figures(args.folder, finished_runs(args, runs))
+    print_results(runs, args.folder)
+    return {"results": [run.finished for run in runs], "folder": str(args.folder)}
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main)
