@@ -2017,8 +2017,9 @@ def finished_runs(args: argparse.Namespace, runs: list[Run], aside: tuple = ("me
     So a later call with fewer methods draws no fewer curves.
     """
 
-    def setting(run: Run) -> dict:
-        return {key: value for key, value in run.config["flags"].items() if key not in ("seed", *aside)}
+    def setting(run: Run) -> str:
+        flags = {key: value for key, value in run.config["flags"].items() if key not in ("seed", *aside)}
+        return to_json(flags)  # as they are written: a flag that is not set is nan, and nan is not nan
 
     found = [Run(path.parent) for path in sorted(args.folder.glob("*/seed*/result.json"))]
     settings = [setting(run) for run in runs]

@@ -47,13 +47,13 @@ WHERE PAPER, CODE AND THIS FILE DIFFER.
 - The released masked DER++ recomputes the logits it stores, unmasked, after the step; we store those of the
   step's own forward pass, unmasked, as plain DER++ does.
 - ER-ACE with --mask: a logit stays where both masks keep it. (Ours.)
-- lr and DER++'s weights are the released ones for split MNIST, CIFAR-10 and CIFAR-100, whatever classifier and
-  mask (the released code tunes neither anew); other data have those of split CIFAR-10. The network of split
+- lr and DER++'s weights are the released ones for split MNIST, CIFAR-10 and CIFAR-100, whatever classifier
+  and mask (the released code tunes neither anew); other data have those of CIFAR-10. The network of split
   MNIST is the released one: pixels in [0, 1], Glorot's start, a bias in the learnable classifier.
 - ER-ACE's released mask keeps the highest class seen even where the batch lacks it; ours follows the paper.
 - The number to beat on split CIFAR-10, class-IL in %, buffer 200 / 500: ProNC 72.7 / 79.4. The same table has
-  DER++ 64.9 / 72.3, and NCT, a fixed simplex over all classes, 51.6 at 200. Published by others, not run here:
-  table 1 of ProNC (ICLR 2026, arXiv 2505.24254).
+  DER++ 64.9 / 72.3, and NCT, a fixed simplex over all classes, 51.6 at 200. Published by others, not run
+  here: table 1 of ProNC (ICLR 2026, arXiv 2505.24254).
 - Five seeds of split MNIST can be three points off together: give it ten.
 - Forgetting and backward transfer have several definitions: see stream_metrics in common.py. All numbers are
   those after the last epoch of the last task; a best epoch would mean nothing here.
@@ -779,9 +779,10 @@ def measure(model: nn.ModuleDict, job: Job, data: Dataset, run: Run) -> dict:
 
     task = split_tasks(len(W), run.args.tasks)
     ends = run.history[run.args.epochs - 1 :: run.args.epochs]  # the last epoch of each task
-    R = {kind: torch.tensor([line[kind] for line in ends]).double() for kind in ("class_il", "task_il")}
-    class_il = stream_metrics(R["class_il"])
-    task_il = stream_metrics(R["task_il"])
+    R = torch.tensor([line["class_il"] for line in ends], dtype=torch.float64)  # (tasks, tasks)
+    R_own = torch.tensor([line["task_il"] for line in ends], dtype=torch.float64)
+    class_il = stream_metrics(R)
+    task_il = stream_metrics(R_own)
     zero_error = [line["epoch"] for line in run.history if line.get("fit", 0) >= 0.999]
     prediction = test_z.argmax(1)
     old = (task < run.args.tasks - 1).nonzero().flatten()
@@ -801,8 +802,8 @@ def measure(model: nn.ModuleDict, job: Job, data: Dataset, run: Run) -> dict:
         "own_energy": float(energy.diagonal().nanmean()),
         "old_cosine_W": mean_pairwise_cosine(W, old.to(W.device)),
         **{key: value for key, value in ends[-1].items() if key.startswith(("nc", "znc"))},
-        "matrix_class_il": R["class_il"].tolist(),
-        "matrix_task_il": R["task_il"].tolist(),
+        "matrix_class_il": R.tolist(),
+        "matrix_task_il": R_own.tolist(),
         "per_class": accuracy_per_class(prediction, test_y, len(W)).tolist(),
         "classes": list(data.classes),
     }
