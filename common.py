@@ -27,8 +27,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
+import zlib
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -38,7 +39,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 
@@ -85,12 +86,25 @@ class Dataset(NamedTuple):
     std: Tensor
     pad: int
     flip: bool
-    fingerprint: str = ""
+    fingerprint: str  # another one where an image, a label or a class name differs
 
     @property
     def counts(self) -> Tensor:
         """n_k: training images of each class, (K,)."""
         return torch.bincount(self.train_y, minlength=len(self.classes))
+
+
+def split_name(name: str) -> tuple[str, bool, str]:
+    """`digitslt` -> ("digits", True, ""); `folder:~/x` -> ("folder", False, HOME/x). Raises UserError."""
+    base, colon, path = name.partition(":")
+    long_tailed = base.endswith("lt")
+    base = base.removesuffix("lt")
+    if base == "folder" and path:
+        return base, long_tailed, os.path.expanduser(path)
+    if base in SPECS and not colon:
+        return base, long_tailed, ""
+    names = ", ".join(SPECS)
+    raise UserError(f"--dataset {name}: unknown; one of {names}, folder:PATH, or one with lt (cifar100lt)")
 
 
 def load_dataset(
@@ -102,44 +116,43 @@ def load_dataset(
     image_size: int = 32,
     test_share: float = 0.0,
 ) -> Dataset:
-    """Load a data set by name; with the suffix `lt` its training split is made long-tailed.
+    """Data set by name; with the suffix `lt` its training split is long-tailed.
 
-    name: a key of SPECS, or `folder:PATH` with PATH/train/CLASS/*.png and PATH/test/CLASS/*.png; with `lt`:
-    `cifar100lt`, `folderlt:PATH`. imbalance, profile and subset_seed only matter with `lt`; image_size only
-    for folders (pixels; short side resized, then the centre is cut).
-    Raises UserError for an unknown name, a bad file, or data that cannot be downloaded.
+    name: a key of SPECS, or `folder:PATH` with PATH/train/CLASS/IMAGE and PATH/test/CLASS/IMAGE, or with
+    PATH/CLASS/IMAGE and a test_share; with `lt`: `cifar100lt`, `folderlt:PATH`. imbalance and profile only
+    matter with `lt`; image_size only for folders (pixels; short side resized, then the centre is cut).
+    Raises UserError for an unknown name, a bad file, data that cannot be downloaded, or an empty class.
     """
-    base, colon, path = name.partition(":")
-    long_tailed = base.endswith("lt")
-    base = base.removesuffix("lt")
-    if base == "folder" and colon:
-        arrays, pad, flip = _read_folder(Path(path), image_size), image_size // 8, True
-    elif base in SPECS and not colon:
-        arrays, pad, flip = _read_named(base, Path(data_dir)), SPECS[base].pad, SPECS[base].flip
+    base, long_tailed, path = split_name(name)
+    if base == "folder":
+        arrays = _read_folder(Path(path), image_size, test_share)
+        pad, flip = image_size // 8, True
+    elif test_share:
+        raise UserError(f"--test-share {test_share:g}: {base} has test images; only a folder may need it")
     else:
-        names = ", ".join(SPECS)
-        raise UserError(
-            f"--dataset {name}: unknown; one of {names}, folder:PATH, or one of them with lt (cifar100lt)"
-        )
+        arrays = _read_named(base, Path(data_dir).expanduser())
+        pad, flip = SPECS[base].pad, SPECS[base].flip
+    classes = arrays["classes"]
     train_x, train_y, test_x, test_y = (
-        images if isinstance(images, FolderImages) else torch.from_numpy(images)
-        for images in (arrays[key] for key in _ARRAYS)
+        torch.from_numpy(part) if isinstance(part, np.ndarray) else part
+        for part in (arrays[key] for key in _ARRAYS)
     )
+    counts = torch.bincount(train_y, minlength=len(classes))
+    if len(classes) < 2:
+        raise UserError(f"--dataset {name}: its only class is {classes[0]}; expected two classes or more")
+    if counts.min() == 0:
+        raise UserError(f"--dataset {name}: class {classes[counts.argmin()]} has no training image")
     mean, std = _channel_statistics(train_x)
+    fingerprint = _fingerprint(arrays)
     if long_tailed:
-        keep = long_tail_subset(train_y, len(arrays["classes"]), imbalance, profile, 0)
+        keep = long_tail_subset(train_y, len(classes), imbalance, profile, by_count=base == "folder")
         train_x, train_y = train_x[keep], train_y[keep]
-    classes = tuple(str(c) for c in arrays["classes"])
-    return Dataset(train_x, train_y, test_x, test_y, classes, mean, std, pad, flip)
-
-
-def split_name(name):
-    base, _, path = name.partition(":")
-    return base.removesuffix("lt"), base.endswith("lt"), path
-
-
-def cut_for_dry_run(data, batch_size):
-    return data
+        counts = torch.bincount(train_y)
+        ratio = float(counts.max() / counts.min())
+        if abs(ratio / imbalance - 1) > 0.1:
+            most, least = counts.max(), counts.min()
+            _note(f"{name}: {most} to {least} images a class, a ratio of {ratio:.4g}, not {imbalance:g}")
+    return Dataset(train_x, train_y, test_x, test_y, classes, mean, std, pad, flip, fingerprint)
 
 
 def keep_per_class(y: Tensor, n: int, seed: int = 0) -> Tensor:
@@ -154,74 +167,95 @@ def keep_per_class(y: Tensor, n: int, seed: int = 0) -> Tensor:
 _ARRAYS = ("train_x", "train_y", "test_x", "test_y")
 
 
+def _note(text: str) -> None:
+    """One line on stderr, from one process."""
+    if ranks()[0] == 0:
+        print(text, file=sys.stderr)
+
+
 def _channel_statistics(images: "Tensor | FolderImages") -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel over all pixels, exact, from counts of the 256 values.
+    """Mean and standard deviation of each channel over all pixels, (C,) each, from counts of the 256 values.
 
     (The often-copied CIFAR-10 std .2023, .1994, .2010 averages the images' own stds; over pixels it is .247.)
     """
-    counts = torch.zeros(images.shape[3], 256, dtype=torch.long)
-    for start in range(0, len(images), 1000):  # counts add up exactly, so streamed images give the same bits
+    counts = torch.zeros(images.shape[3], 256, dtype=torch.float64)
+    for start in range(0, len(images), 1000):  # counts are exact, so streamed images give the same bits
         chunk = images[start : start + 1000]
         chunk = chunk.decode() if isinstance(chunk, FolderImages) else chunk
         for count, channel in zip(counts, chunk.unbind(3), strict=True):
             count += torch.bincount(channel.flatten(), minlength=256)
+    share = counts / counts[0].sum()
     values = torch.arange(256, dtype=torch.float64) / 255
-    mean, std = [], []
-    for share in counts.double() / counts[0].sum():
-        mean.append((share * values).sum())
-        std.append((share * (values - mean[-1]) ** 2).sum().sqrt())
-    std = torch.stack(std).clamp_min(1e-3)  # a constant channel stays finite
-    return torch.stack(mean).float(), std.float()
+    mean = (share * values).sum(1)
+    std = (share * (values - mean[:, None]) ** 2).sum(1).sqrt()
+    return mean.float(), std.clamp_min(1e-3).float()  # a constant channel stays finite
 
 
-def _read_named(name: str, data_dir: Path) -> dict[str, np.ndarray]:
+def _fingerprint(arrays: dict) -> str:
+    """Sizes and a checksum of all images, labels and class names; of streamed files their paths and sizes."""
+    checksum = zlib.crc32("\n".join(arrays["classes"]).encode())
+    for key in _ARRAYS:
+        part = arrays[key]
+        if isinstance(part, FolderImages):
+            lines = [f"{file} {os.path.getsize(file)}\n" for file in part.files]
+            part = "".join(lines).encode("utf-8", "surrogateescape")
+        checksum = zlib.crc32(part, checksum)
+    sizes = f"{len(arrays['train_y'])}+{len(arrays['test_y'])} images"
+    return f"{sizes}, {len(arrays['classes'])} classes, {checksum:08x}"
+
+
+def _read_named(name: str, data_dir: Path) -> dict:
     """A named data set: embedded, from DATA_DIR/NAME.npz, or through torchvision and then cached there."""
     if name == "digits":
         return _read_digits()
     cache = data_dir / f"{name}.npz"
-    if not cache.exists():
-        arrays = _read_torchvision(name, data_dir)
-        _check_arrays(arrays, SPECS[name], f"torchvision's {name} in {data_dir}")
-        write_atomically(cache, lambda part: np.savez(part, **arrays), shared=True)
-        return arrays
-    try:
-        with np.load(cache, allow_pickle=False) as file:  # never unpickles: an object array raises ValueError
-            arrays = {key: np.asarray(file[key]) for key in (*_ARRAYS, "classes")}
-    except Exception as error:  # zip, zlib and the header's parser raise many kinds; all mean a damaged file
-        reason = str(error).partition("\n")[0].partition(". ")[0]  # not NumPy's tip to unpickle
-        reason = reason or type(error).__name__
-        raise UserError(
-            f"{cache}: not a readable data file ({reason}); delete it to load {name} anew"
-        ) from None
-    _check_arrays(arrays, SPECS[name], str(cache))
+    if cache.exists():
+        return _checked(_read_npz(cache), SPECS[name], str(cache))
+    arrays = _checked(_read_torchvision(name, data_dir), SPECS[name], f"torchvision's {name} in {data_dir}")
+    write_atomically(cache, lambda part: np.savez(part, **arrays), shared=True)
     return arrays
 
 
-def _check_arrays(arrays: dict[str, np.ndarray], spec: Spec, where: str) -> None:
-    """Shapes, types, label range and class count, before anything is trained on them."""
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    """The arrays train_x, ..., classes of an npz file of ours, or of Keras, whose keys are x_train, ..."""
+    try:
+        with np.load(path, allow_pickle=False) as file:  # never unpickles: an object array raises ValueError
+            if "x_train" not in file:
+                return {key: np.ascontiguousarray(file[key]) for key in (*_ARRAYS, "classes")}
+            arrays = {key: np.ascontiguousarray(file["_".join(key.split("_")[::-1])]) for key in _ARRAYS}
+    except Exception as error:  # zip, zlib and the header's parser raise many kinds; all mean a damaged file
+        reason = str(error).partition("\n")[0].partition(". ")[0]  # not NumPy's tip to unpickle
+        reason = reason or type(error).__name__
+        raise UserError(f"{path}: not a readable data file ({reason}); delete it to load it anew") from None
+    for key in ("train_x", "test_x"):
+        if arrays[key].ndim == 3:  # (N, H, W)
+            arrays[key] = arrays[key][..., None]
+    K = SPECS[path.stem].classes
+    return arrays | {"classes": np.array([str(k) for k in range(K)])}
 
-    def require(ok: bool, found: str) -> None:
-        if not ok:
-            raise UserError(f"{where}: {found}; delete or replace the file")
 
-    K, found = spec.classes, arrays["classes"].shape
-    require(found == (K,), f"classes has shape {found}, expected the names of {K} classes")
+def _checked(arrays: dict[str, np.ndarray], spec: Spec, where: str) -> dict:
+    """The arrays with int64 labels and names as text. Raises UserError for a wrong shape, type or label."""
+    K, names, wrong = spec.classes, arrays["classes"], ""
+    if names.shape != (K,):
+        wrong = f"classes has shape {names.shape}, expected the names of {K} classes"
     for split in ("train", "test"):
         x, y = arrays[f"{split}_x"], arrays[f"{split}_y"]
-        expected = f"(N, {', '.join(map(str, spec.shape))}) uint8"
-        require(x.dtype == np.uint8 and x.ndim == 4, f"{split}_x is {x.shape} {x.dtype}, expected {expected}")
-        require(x.shape[1:] == spec.shape, f"{split}_x is {x.shape} {x.dtype}, expected {expected}")
-        require(len(x) > 0, f"{split}_x is empty")
-        ok = y.shape == (len(x),) and np.issubdtype(y.dtype, np.integer)
-        require(ok, f"{split}_y is {y.shape} {y.dtype}, expected ({len(x)},) integers")
-        require(
-            0 <= y.min() and y.max() < K,
-            f"{split}_y has labels {y.min()} to {y.max()}, expected 0 to {K - 1}",
-        )
-        arrays[f"{split}_y"] = y.astype(np.int64)
+        if x.dtype != np.uint8 or x.shape[1:] != spec.shape or len(x) == 0:
+            expected = f"(N, {', '.join(map(str, spec.shape))}) uint8, N > 0"
+            wrong = f"{split}_x is {x.shape} {x.dtype}, expected {expected}"
+        elif y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer):
+            wrong = f"{split}_y is {y.shape} {y.dtype}, expected ({len(x)},) integers"
+        elif y.min() < 0 or y.max() >= K:
+            wrong = f"{split}_y has labels {y.min()} to {y.max()}, expected 0 to {K - 1}"
+    if wrong:
+        raise UserError(f"{where}: {wrong}; delete or replace the file")
+    labels = {key: arrays[key].astype(np.int64) for key in ("train_y", "test_y")}
+    texts = (name.decode() if isinstance(name, bytes) else str(name) for name in names)
+    return arrays | labels | {"classes": tuple(texts)}
 
 
-def _read_digits() -> dict[str, np.ndarray]:
+def _read_digits() -> dict:
     """scikit-learn's 1,797 real handwritten digits, 8 x 8, split once and for all into 1,437 and 360."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -231,8 +265,7 @@ def _read_digits() -> dict[str, np.ndarray]:
     train_x, test_x, train_y, test_y = train_test_split(
         x, y.astype(np.int64), test_size=360, stratify=y, random_state=0
     )
-    classes = np.array([str(k) for k in range(10)])
-    return dict(train_x=train_x, train_y=train_y, test_x=test_x, test_y=test_y, classes=classes)
+    return dict(train_x=train_x, train_y=train_y, test_x=test_x, test_y=test_y, classes=tuple("0123456789"))
 
 
 def _read_torchvision(name: str, data_dir: Path) -> dict[str, np.ndarray]:
@@ -242,44 +275,54 @@ def _read_torchvision(name: str, data_dir: Path) -> dict[str, np.ndarray]:
     """
     from torchvision import datasets
 
-    make = {
-        "mnist": lambda train: datasets.MNIST(data_dir, train=train, download=True),
-        "fashionmnist": lambda train: datasets.FashionMNIST(data_dir, train=train, download=True),
-        "cifar10": lambda train: datasets.CIFAR10(data_dir, train=train, download=True),
-        "cifar100": lambda train: datasets.CIFAR100(data_dir, train=train, download=True),
-        "svhn": lambda train: datasets.SVHN(data_dir, split="train" if train else "test", download=True),
-        "stl10": lambda train: datasets.STL10(data_dir, split="train" if train else "test", download=True),
-    }[name]
+    kinds = {kind.lower(): getattr(datasets, kind) for kind in ("MNIST", "FashionMNIST", "SVHN", "STL10")}
+    kinds |= {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
     arrays = {}
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
-        with contextlib.redirect_stdout(sys.stderr):  # its progress messages do not belong to our output
-            for split in ("train", "test"):
-                data = make(split == "train")
-                x = np.asarray(data.data)
-                if x.ndim == 3:  # MNIST: (N, H, W)
-                    x = x[..., None]
-                elif name in ("svhn", "stl10"):  # (N, C, H, W)
-                    x = x.transpose(0, 2, 3, 1)
-                y = data.labels if hasattr(data, "labels") else data.targets
-                arrays[f"{split}_x"] = np.ascontiguousarray(x)
-                arrays[f"{split}_y"] = np.asarray(y, dtype=np.int64)
+        for split in ("train", "test"):
+            which = {"split": split} if name in ("svhn", "stl10") else {"train": split == "train"}
+            with contextlib.redirect_stdout(sys.stderr):  # its progress does not belong to our output
+                data = kinds[name](data_dir, download=True, **which)
+            x = np.asarray(data.data)
+            if x.ndim == 3:  # MNIST: (N, H, W)
+                x = x[..., None]
+            elif name in ("svhn", "stl10"):  # (N, C, H, W)
+                x = x.transpose(0, 2, 3, 1)
+            arrays[f"{split}_x"] = np.ascontiguousarray(x)
+            arrays[f"{split}_y"] = np.asarray(data.labels if "split" in which else data.targets)
     except (OSError, RuntimeError, ValueError, AssertionError) as error:  # the last two: a truncated IDX file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
             f"--dataset {name}: neither downloaded nor read whole from {data_dir} ({reason}); connect to a "
             f"network and delete what is damaged there, or put the data at {data_dir / name}.npz"
         ) from None
     classes = getattr(data, "classes", None) or [str(k) for k in range(SPECS[name].classes)]
-    return {**arrays, "classes": np.array([str(c) for c in classes])}
+    return arrays | {"classes": np.array(classes)}
 
 
-def _memory() -> int:
-    """Bytes of memory this machine has; a large number where the system does not say (Windows)."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return 2**40
+# Endings of files that Pillow reads by itself (.eps would start another program)
+_IMAGES = (
+    ".jpg .jpeg .jpe .jfif .png .apng .gif .bmp .dib .ppm .pgm .pbm .pnm .tif .tiff .webp .avif .jp2 .tga"
+)
+
+
+def _memory(cgroup: str = "/proc/self/cgroup", limits: str = "/sys/fs/cgroup") -> int:
+    """Bytes of memory that we may fill: the machine's, or less in a container (cgroup, version 1 or 2)."""
+    found = [2**40]
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # Windows does not say
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    lines = Path(cgroup).read_text().splitlines() if os.path.exists(cgroup) else []
+    for line in lines:
+        _, controller, group = line.split(":", 2)
+        if controller not in ("", "memory"):
+            continue
+        name = "memory.limit_in_bytes" if controller else "memory.max"  # version 1, 2
+        own = Path(limits, controller, group.lstrip("/"))
+        for folder in (own, *own.parents):  # a group's limit holds for those below it
+            with contextlib.suppress(OSError, ValueError):  # not there; `max`: no limit
+                found.append(int((folder / name).read_text()))
+    return min(found)
 
 
 # Bytes of a folder's decoded images that we hold; more than that streams from disk. ImageNet-LT at 224 pixels
@@ -287,87 +330,92 @@ def _memory() -> int:
 _FOLDER_LIMIT = min(32 * 2**30, _memory() // 3)
 
 
-class FolderImages:
-    """Image files that stand for a uint8 tensor (N, size, size, 3) too large for memory.
-
-    `shape`, `len`, `images[slice, mask or index tensor]` are a tensor's, the last again FolderImages: no file
-    is opened before `decode`, and no pixels are kept.
-    """
-
-    def __init__(self, files: list[str], size: int):
-        self.files, self.size = files, size
-        self.shape = (len(files), size, size, 3)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: slice | Tensor) -> "FolderImages":
-        chosen = torch.arange(len(self))[index]  # (n,): whatever selects from a tensor selects here
-        return FolderImages([self.files[i] for i in chosen.tolist()], self.size)
-
-    def decode(self) -> Tensor:
-        """All of them, uint8 (N, size, size, 3). Raises UserError for a file that is no readable image."""
-        images = np.empty(self.shape, dtype=np.uint8)
-        # PIL decodes outside the interpreter lock; a worker of a DataLoader is already one of many
-        with ThreadPoolExecutor(1 if get_worker_info() else None) as pool:
-            for i, image in enumerate(pool.map(self._decode_file, self.files)):
-                images[i] = image
-        return torch.from_numpy(images)
-
-    def _decode_file(self, file: str) -> np.ndarray:
-        from PIL import Image
-        from torchvision.transforms import functional as TF
-
-        try:
-            with Image.open(file) as image:
-                return np.asarray(TF.center_crop(TF.resize(image.convert("RGB"), self.size), self.size))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all are Pillow's
-            raise UserError(f"{file}: not a readable image ({error}); mend or remove it") from None
-
-
-def concatenate(a: Tensor | FolderImages, b: Tensor | FolderImages) -> Tensor | FolderImages:
-    """The images of a and, after them, those of b; both tensors or both FolderImages."""
-    return FolderImages(a.files + b.files, a.size) if isinstance(a, FolderImages) else torch.cat([a, b])
-
-
-def _read_folder(path: Path, size: int) -> dict[str, np.ndarray | FolderImages]:
-    """PATH/train/CLASS/* and PATH/test/CLASS/*, found by torchvision's ImageFolder, cut to (size, size).
+def _read_folder(path: Path, size: int, test_share: float) -> dict:
+    """PATH/train/CLASS/* and PATH/test/CLASS/*, or PATH/CLASS/* split by class, cut to (size, size).
 
     Decoded where all of it fits into memory, else both splits as FolderImages. Raises UserError.
     """
-    from torchvision import datasets
-
+    path = path.resolve()
+    where = f"--dataset folder:{path}"
     if size < 1:
         raise UserError(f"--image-size {size}: expected a number of pixels, 1 or more")
-    found = {}
-    for split in ("train", "test"):
-        try:
-            found[split] = datasets.ImageFolder(str(path / split))
-        except OSError as error:
-            raise UserError(
-                f"--dataset folder:{path}: {error}; expected {path / split}/CLASS/IMAGE"
-            ) from None
-    classes = found["train"].classes
-    if found["test"].classes != classes:
-        odd = sorted(set(found["test"].classes) ^ set(classes))[0]
-        raise UserError(
-            f"--dataset folder:{path}: train and test have different classes ({odd} is in one only)"
-        )
-    arrays, needed = {"classes": np.array(classes)}, sum(map(len, found.values())) * size * size * 3
-    if needed > _FOLDER_LIMIT and not ranks()[0]:
-        print(
+    if not 0 <= test_share < 1:
+        raise UserError(f"--test-share {test_share:g}: expected a share of the images, 0 to 1")
+    flat = not (path / "train").is_dir() and not (path / "test").is_dir()
+    if flat and not test_share:
+        expected = f"{path}/train/CLASS/IMAGE and {path}/test/CLASS/IMAGE"
+        raise UserError(f"{where}: expected {expected}; for {path}/CLASS/IMAGE add --test-share 0.2")
+    if test_share and not flat:
+        raise UserError(f"--test-share {test_share:g}: {path} has train/ or test/; leave the flag out")
+    left_out = Counter()
+    if flat:
+        splits = _split_by_class(_find_images(path, left_out), test_share)
+        counts = [sum(map(len, split.values())) for split in splits]
+        _note(f"folder:{path}: {counts[1]} of {sum(counts)} images, drawn from each class, are for testing")
+    else:
+        splits = [_find_images(path / split, left_out) for split in ("train", "test")]
+    if left_out:
+        kinds = ", ".join(f"{kind} ({count})" for kind, count in left_out.most_common(5))
+        _note(f"folder:{path}: {left_out.total()} files and folders left out: {kinds}")
+    classes = tuple(splits[0])
+    if odd := sorted(set(classes) ^ set(splits[1])):
+        raise UserError(f"{where}: train and test have different classes ({odd[0]} is in one only)")
+    needed = sum(len(files) for split in splits for files in split.values()) * size * size * 3
+    if needed > _FOLDER_LIMIT:
+        _note(
             f"folder:{path}: {needed / 2**30:.3g} GiB at --image-size {size} are too much to hold in memory; "
-            "images stream from disk, and are read once now for their mean and std",
-            file=sys.stderr,
+            "images stream from disk, and are read once now for their mean and std"
         )
-    for split, files in found.items():
-        images = FolderImages([file for file, _ in files.samples], size)
-        arrays[f"{split}_x"] = images if needed > _FOLDER_LIMIT else images.decode().numpy()
-        arrays[f"{split}_y"] = np.array(files.targets, dtype=np.int64)
+    arrays = {"classes": classes}
+    for name, split in zip(("train", "test"), splits, strict=True):
+        images = FolderImages([file for files in split.values() for file in files], size)
+        arrays[f"{name}_x"] = images if needed > _FOLDER_LIMIT else images.decode().numpy()
+        arrays[f"{name}_y"] = np.repeat(np.arange(len(split)), [len(files) for files in split.values()])
     return arrays
 
 
-def long_tail_counts(K: int, n_max: int, imbalance: float, profile: str = "exp") -> list[int]:
+def _find_images(root: Path, left_out: Counter) -> dict[str, list[str]]:
+    """The image files below root/CLASS by class, sorted; left_out counts what else is there, by kind.
+
+    Hidden files and folders are left out, and links to a folder that we came through. Raises UserError.
+    """
+    found = {}
+    for where, folders, names in os.walk(root, followlinks=True):
+        here = Path(where)
+        above = {os.path.realpath(folder) for folder in (here, *here.parents)}
+        for folder in sorted(folders):
+            if folder.startswith(".") or os.path.realpath(here / folder) in above:
+                folders.remove(folder)
+                left_out[f"{folder}/"] += 1
+            elif here == root:
+                found[folder] = []
+        for name in names:
+            hidden = name.startswith(".")
+            if hidden or here == root or not name.lower().endswith(tuple(_IMAGES.split())):
+                left_out[name if hidden or here == root else os.path.splitext(name)[1] or name] += 1
+            else:
+                found[here.relative_to(root).parts[0]].append((where, name))
+    empty = [name for name, files in found.items() if not files]
+    if empty or not found:
+        what = f"no image in class {empty[0]}" if empty else "no class"
+        raise UserError(f"--dataset folder:{root}: {what}; expected {root}/CLASS/IMAGE")
+    return {name: [os.path.join(*file) for file in sorted(found[name])] for name in sorted(found)}
+
+
+def _split_by_class(found: dict[str, list[str]], test_share: float) -> list[dict[str, list[str]]]:
+    """Training and test files of each class, drawn once and for all; one image stays for each of the two."""
+    generator = torch.Generator().manual_seed(0)
+    train, test = {}, {}
+    for name, files in found.items():
+        drawn = [files[i] for i in torch.randperm(len(files), generator=generator).tolist()]
+        if len(drawn) < 2:
+            raise UserError(f"--test-share {test_share:g}: class {name} has one image; expected two or more")
+        n = min(max(round(test_share * len(drawn)), 1), len(drawn) - 1)
+        train[name], test[name] = sorted(drawn[n:]), sorted(drawn[:n])
+    return [train, test]
+
+
+def long_tail_counts(K: int, n_max: float, imbalance: float, profile: str = "exp") -> list[int]:
     """Images per class, head first, n_max / n_min = imbalance.
 
     exp:  n_k = int(n_max * (1/IF)^(k/(K-1))), the convention of the published tables (Cui et al. 2019);
@@ -379,28 +427,51 @@ def long_tail_counts(K: int, n_max: int, imbalance: float, profile: str = "exp")
     if profile == "exp":
         counts = [int(n_max * (1 / imbalance) ** (k / max(K - 1, 1))) for k in range(K)]
     elif profile == "step":
-        counts = [n_max if k < K - K // 2 else int(n_max / imbalance) for k in range(K)]
+        counts = [int(n_max) if k < K - K // 2 else int(n_max / imbalance) for k in range(K)]
     else:
         raise UserError(f"--profile {profile}: expected exp or step")
     return [max(n, 1) for n in counts]  # no class is left empty
 
 
-def long_tail_subset(y: Tensor, K: int, imbalance: float, profile: str = "exp", seed: int = 0) -> Tensor:
-    """Indices of a long-tailed subset of labels y (N,), class by class in label order.
+def long_tail_subset(
+    y: Tensor, K: int, imbalance: float, profile: str = "exp", by_count: bool = True
+) -> Tensor:
+    """Indices of a long-tailed subset of labels y (N,), class by class in label order; always the same ones.
 
-    n_max is N / K. A class that has fewer images than its quota (SVHN's digit 0) gives all it has, and its
-    neighbours keep theirs: labels and images cannot slide apart. The draw has its own seed, so that every run
-    of a table trains on the same images whatever its own seed is.
+    The head is the largest class, or with by_count=False class 0, as in the published tables. n_max is N / K.
+    A class that has fewer images than its quota (SVHN's digit 0) gives all it has, and its neighbours keep
+    theirs: labels and images cannot slide apart.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     quotas = long_tail_counts(K, len(y) // K, imbalance, profile)
+    order = torch.bincount(y, minlength=K).argsort(descending=True, stable=True).tolist()
+    quota = dict(zip(order if by_count else range(K), quotas, strict=True))
     subset = []
-    for k, quota in enumerate(quotas):
+    for k in range(K):
         members = (y == k).nonzero().flatten()
-        if len(members) == 0:
-            raise UserError(f"class {k} has no training image")
-        subset.append(members[torch.randperm(len(members), generator=generator)[:quota]])
+        subset.append(members[torch.randperm(len(members), generator=generator)[: quota[k]]])
     return torch.cat(subset)
+
+
+def keep_per_class(y: Tensor, n: int, seed: int = 0) -> Tensor:
+    """Sorted indices of n images of each class, drawn at random; of a class with fewer all of them."""
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
+    order = order[y[order].argsort(stable=True)]  # class after class, shuffled within
+    counts = torch.bincount(y)
+    first = (counts.cumsum(0) - counts).repeat_interleave(counts)  # where the image's class begins
+    return order[torch.arange(len(y)) - first < max(n, 1)].sort().values
+
+
+def cut_for_dry_run(data: Dataset, batch_size: int) -> Dataset:
+    """Two batches of training images or a few more, some of every class, and as many test images."""
+    n = 2 * batch_size // len(data.classes)
+    train, test = keep_per_class(data.train_y, n), keep_per_class(data.test_y, n)
+    return data._replace(
+        train_x=data.train_x[train],
+        train_y=data.train_y[train],
+        test_x=data.test_x[test],
+        test_y=data.test_y[test],
+    )
 
 
 SUPERCLASSES = {  # CIFAR-100's twenty, of five classes each
@@ -489,201 +560,263 @@ class ClassCycles:
         self.order, self.position = state["order"].clone(), state["position"].clone()
 
 
-def split_tasks(K: int, tasks: int, order_seed: int | None = None) -> Tensor:
+def split_tasks(K: int, tasks: int) -> Tensor:
     """Which task of a class-incremental stream each class comes in: (K,) int64, values 0 to tasks - 1.
 
-    Classes in label order, or shuffled by order_seed, are cut into consecutive tasks of K / tasks classes;
-    sizes differ by at most one where that is no integer. The images of task t are those with task[y] == t.
-    Raises UserError unless every task gets a class.
+    Classes in label order are cut into consecutive tasks of K / tasks classes; sizes differ by at most one
+    where that is no integer. The images of task t are those with task[y] == t. Raises UserError unless every
+    task gets a class.
     """
     if not 1 <= tasks <= K:
         raise UserError(f"--tasks {tasks}: expected 1 to {K}, the number of classes")
-    order = torch.arange(K)
-    if order_seed is not None:
-        order = torch.randperm(K, generator=torch.Generator().manual_seed(order_seed))
-    task = torch.empty(K, dtype=torch.long)
-    for t, classes in enumerate(torch.tensor_split(order, tasks)):
-        task[classes] = t
-    return task
+    sizes = torch.tensor([len(classes) for classes in torch.arange(K).tensor_split(tasks)])
+    return torch.arange(tasks).repeat_interleave(sizes)
 
 
-class Views(NamedTuple):
-    """T draws of images and the crop and mirror each one gets, all (T,) on the loader's device."""
+class Batches:
+    """Loader: uint8 images stay on the device, and a batch is one gather away, (B, C, H, W) float32.
 
-    index: Tensor
-    top: Tensor
-    left: Tensor
-    mirror: Tensor
-
-    def __getitem__(self, part):  # views[10:20] are ten views, not a field
-        return Views(*(field[part] for field in tuple(self)))
-
-    def cpu(self) -> "Views":
-        return Views(*(field.cpu() for field in tuple(self)))
-
-
-class Crops:
-    """Images, uint8 (N, H, W, C), on the device and zero-padded once: any views are one gather away."""
-
-    def __init__(self, images: Tensor, pad: int, flip: bool, device: torch.device | str = "cpu"):
-        N, self.H, self.W, self.C = images.shape
-        self.flip = flip
-        padded = torch.zeros(N, self.H + 2 * pad, self.W + 2 * pad, self.C, dtype=torch.uint8)
-        padded[:, pad : pad + self.H, pad : pad + self.W] = images
-        self.padded_size = padded.shape[1:3]
-        # A row of W pixels from every pixel on: an overlapping view, no copy, (pixels - W + 1, W * C).
-        # A crop is H of these rows, whatever its offset: one gather of whole rows.
-        pixels = padded.to(device).flatten()
-        self.rows = pixels.unfold(0, self.W * self.C, self.C)
-        self.down = torch.arange(self.H, device=device) * self.padded_size[1]  # (H,)
-
-    def __call__(self, views: Views) -> Tensor:
-        """The views' pixels, (B, H, W * C) uint8."""
-        B, (Hp, Wp) = len(views.index), self.padded_size
-        start = (views.index * Hp + views.top) * Wp + views.left  # (B,): the crop's first pixel
-        x = self.rows[start[:, None] + self.down]  # (B, H) rows -> (B, H, W * C)
-        if self.flip:
-            mirrored = x.view(B, self.H, self.W, self.C).flip(2).view_as(x)
-            x = torch.where(views.mirror[:, None, None], mirrored, x)
-        return x
-
-
-class StreamedCrops:
-    """The same pixels from files, decoded on the CPU at each call. Raises UserError for a damaged file."""
-
-    def __init__(self, images: FolderImages, pad: int, flip: bool):
-        self.images, self.pad, self.flip = images, pad, flip
-
-    def __call__(self, views: Views) -> Tensor:
-        views = views.cpu()
-        crops = Crops(self.images[views.index].decode(), self.pad, self.flip)
-        return crops(views._replace(index=torch.arange(len(views.index))))
-
-
-class _Ahead:
-    """What worker processes are asked for: the pixels of views[part]. Every draw was made before."""
-
-    def __init__(self, crops: StreamedCrops, views: Views):
-        self.crops, self.views = crops, views.cpu()
-
-    def __getitem__(self, part: slice) -> Tensor | UserError:
-        try:
-            return self.crops(self.views[part])
-        except UserError as error:  # raised here, it would arrive with this process's traceback in its text
-            return error
-
-
-@contextlib.contextmanager
-def _interrupt_waits() -> Iterator[None]:
-    """Holds Ctrl-C back until the block ends, and for good in the processes that are forked in it.
-
-    Halfway through starting or ending workers torch leaves some or swallows the interrupt; halfway through
-    taking a batch, the worker that hands it over prints a traceback.
+    `epoch(index, batch_size, generator)` gives an epoch of batches, `all()` every image once for evaluation,
+    `load(index)` one batch. Each *draw* of an image gets a random crop and flip of its own: an image drawn
+    thirty times an epoch gets thirty crops. All of them are drawn at once on the CPU, so nothing synchronises
+    within the epoch, and the same seed gives the same views on every device. Without a generator there is no
+    crop and no flip. FolderImages give the same batches, bit for bit; other processes read their files ahead.
     """
-    if threading.current_thread() is not threading.main_thread():  # only the main thread hears of signals
-        yield
-        return
-    heard = []
-    before = signal.signal(signal.SIGINT, lambda *_: heard.append(True))
+
+    def __init__(
+        self,
+        images: "Tensor | FolderImages",
+        mean: Tensor,
+        std: Tensor,
+        *,
+        pad: int = 0,
+        flip: bool = False,
+        device: torch.device | str = "cpu",
+    ):
+        self.N, self.H, self.W, self.C = images.shape
+        self.pad, self.flip, self.device = pad, flip, torch.device(device)
+        self.down = torch.arange(self.H, device=device) * (self.W + 2 * pad)  # (H,): from row to row
+        self.files = images if isinstance(images, FolderImages) else None
+        self.rows = None if self.files else self._all_rows(images)
+        # (x / 255 - mean) / std = x * scale + shift, repeated over a row so that it vectorises
+        self.scale = (1 / (255 * std)).repeat(self.W).to(self.device)  # (W * C,)
+        self.shift = (-mean / std).repeat(self.W).to(self.device)
+
+    def epoch(self, index: Tensor, batch_size: int, generator: torch.Generator | None = None) -> Iterator:
+        """An iterator over (part, x), or (part, x_0, ..., x_{m-1}) for an index of shape (T, m).
+
+        part is the slice of the epoch's T draws that x holds. All crops and flips are drawn at this call,
+        column after column. Under torchrun each process gets an equal share of every batch; without a
+        generator each gets all of it.
+        """
+        views = [self._draw(column, generator) for column in index.view(len(index), -1).unbind(1)]
+        rank, count = ranks() if generator is not None else (0, 1)
+        parts = []
+        for batch in split_evenly(len(index), batch_size, count):
+            share = (batch.stop - batch.start) // count
+            start = batch.start + rank * share
+            parts.append(slice(start, start + share))
+        return self._read(index, views, parts) if self.files else self._gather(views, parts)
+
+    def all(self, batch_size: int = 1000) -> Iterator:
+        """An iterator over (part, x): every image once, in order, neither cropped nor flipped."""
+        return self.epoch(torch.arange(self.N), batch_size)
+
+    def load(self, index: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """One batch of the images index (B,), read now: (B, C, H, W)."""
+        views = self._draw(index, generator)
+        if self.files is None:
+            return self._crop(self.rows, views)
+        views[0] = torch.arange(len(index))
+        return self._crop(self._all_rows(self.files[index].decode()), views)
+
+    def _draw(self, index: Tensor, generator: torch.Generator | None) -> Tensor:
+        """(4, T): image, top, left and whether mirrored, of T views, on the device."""
+        T = len(index)
+        top = left = torch.full((T,), self.pad)
+        mirror = torch.zeros(T, dtype=torch.bool)
+        if generator is not None:
+            top, left = torch.randint(2 * self.pad + 1, (2, T), generator=generator)
+            mirror = torch.rand(T, generator=generator) < (0.5 if self.flip else 0.0)
+        return torch.stack([index.cpu(), top, left, mirror]).to(self.device)
+
+    def _all_rows(self, images: Tensor) -> Tensor:
+        """A row of W pixels from every padded pixel on: (pixels - W + 1, W * C), a view, no copy.
+
+        A crop is H of these rows, whatever its offset: one gather of whole rows.
+        """
+        padded = torch.nn.functional.pad(images, (0, 0, *[self.pad] * 4)).to(self.device)
+        return padded.flatten().unfold(0, self.W * self.C, self.C)
+
+    def _crop(self, rows: Tensor, views: Tensor) -> Tensor:
+        """The views (4, B), normalised: (B, C, H, W) float32, channels_last in memory."""
+        image, top, left, mirror = views
+        height, width = self.H + 2 * self.pad, self.W + 2 * self.pad
+        first = (image * height + top) * width + left  # (B,): the crop's first pixel
+        x = rows[first[:, None] + self.down]  # (B, H) rows -> (B, H, W * C)
+        if self.flip:
+            mirrored = x.view(-1, self.H, self.W, self.C).flip(2).view_as(x)
+            x = torch.where(mirror[:, None, None] > 0, mirrored, x)
+        x = torch.addcmul(self.shift, x.float(), self.scale)
+        return x.view(-1, self.H, self.W, self.C).permute(0, 3, 1, 2)
+
+    def _gather(self, views: list[Tensor], parts: list[slice]) -> Iterator:
+        for part in parts:
+            yield part, *(self._crop(self.rows, column[:, part]) for column in views)
+
+    def _read(self, index: Tensor, views: list[Tensor], parts: list[slice]) -> Iterator:
+        """The same from files: other processes decode a part's images, which are then padded and cropped."""
+        files, size = self.files.files, self.files.size
+        columns = index.view(len(index), -1)
+        requests = [([files[i] for i in columns[part].T.flatten().tolist()], size) for part in parts]
+        for pixels, part in zip(_read_ahead(requests), parts, strict=True):
+            rows, B = self._all_rows(torch.from_numpy(pixels)), part.stop - part.start
+            batch = [column[:, part].clone() for column in views]
+            for i, column in enumerate(batch):
+                column[0] = torch.arange(i * B, (i + 1) * B)  # the image's place among those just read
+            yield part, *(self._crop(rows, column) for column in batch)
+
+
+def split_evenly(T: int, batch_size: int, count: int | None = None) -> list[slice]:
+    """ceil(T / batch_size) batches, sizes equal to within one, so that no small rest is left over.
+
+    For count processes (torchrun's, if not given) each size is a multiple of count, and up to count - 1 of
+    T are left out.
+    """
+    count = count or ranks()[1]
+    shares = T // count
+    steps = min(-(-T // batch_size), shares)
+    edges = [count * round(shares * i / steps) for i in range(steps + 1)]
+    return [slice(a, b) for a, b in itertools.pairwise(edges)]
+
+
+# Folders larger than memory: worker processes of torch's DataLoader decode, all else is as above.
+
+
+class FolderImages:
+    """Image files that stand for a uint8 tensor (N, size, size, 3) too large for memory.
+
+    `shape`, `len`, `images[slice, mask or index tensor]` are a tensor's, the last again FolderImages: no file
+    is opened before `decode`, and no pixels are kept.
+    """
+
+    def __init__(self, files: list[str], size: int):
+        self.files, self.size = files, size
+        self.shape = (len(files), size, size, 3)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: slice | Tensor) -> "FolderImages":
+        chosen = torch.arange(len(self))[index]  # (n,): whatever selects from a tensor selects here
+        return FolderImages([self.files[i] for i in chosen.tolist()], self.size)
+
+    def decode(self) -> Tensor:
+        """All of them, uint8 (N, size, size, 3). Raises UserError for a file that is no readable image."""
+        images = np.empty(self.shape, dtype=np.uint8)
+        with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter lock
+            for i, image in enumerate(pool.map(_read_image, self.files, itertools.repeat(self.size))):
+                images[i] = image
+        return torch.from_numpy(images)
+
+
+def concatenate(a: Tensor | FolderImages, b: Tensor | FolderImages) -> Tensor | FolderImages:
+    """The images of a and, after them, those of b; both tensors or both FolderImages."""
+    return FolderImages(a.files + b.files, a.size) if isinstance(a, FolderImages) else torch.cat([a, b])
+
+
+def _read_image(file: str, size: int) -> np.ndarray:
+    """A file's pixels, uint8 (size, size, 3), turned as EXIF says, on white where transparent."""
+    from PIL import Image, ImageOps
+    from torchvision.transforms import functional as TF
+
     try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if heard:
-        raise KeyboardInterrupt
+        with Image.open(file) as opened:
+            image = ImageOps.exif_transpose(opened)
+            sixteen_bits = image.mode.startswith("I;16") or opened.format in ("PNG", "PPM")
+            if image.mode[0] in "IF":
+                image = _to_8_bits(image, 65535 if sixteen_bits else 1)
+            if image.mode.upper() in ("LA", "PA", "RGBA") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return np.asarray(TF.center_crop(TF.resize(image.convert("RGB"), size), size))
+    except Exception as error:  # Pillow raises many kinds for a damaged file
+        raise UserError(f"{file}: not a readable image ({error}); mend or remove it") from None
+
+
+def _to_8_bits(image, white: int):
+    """A Pillow image of more than 8 bits with grey values 0 to white -> one of 8 bits."""
+    from PIL import Image
+
+    values = np.asarray(image, dtype=np.float64) / white
+    if not (0 <= values.min() and values.max() <= 1):  # also for nan
+        low, high = white * values.min(), white * values.max()
+        raise ValueError(f"grey values {low:g} to {high:g}, expected 8 or 16 bits, or 0 to 1")
+    return Image.fromarray(np.round(255 * values).astype(np.uint8))
 
 
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 WORKERS = min(8, _CORES)  # processes that read streamed images ahead; with 0 the program waits for each batch
+_READERS: list[DataLoader] = []  # idle ones; their processes stay: to start them may take as long as an epoch
 
 
-class Batches:
-    """Device-resident loader: uint8 images stay on the device, and a batch is one gather away.
+class _Files:
+    """What worker processes do: decode. Small, since it is pickled to them."""
 
-    `views(index, generator)` draws a random crop and flip for each draw of an image: an image drawn thirty
-    times an epoch gets thirty crops. All of an epoch is drawn at once on the CPU, so nothing synchronises
-    within the epoch and the same seed gives the same views on every device.
-    `load(views)` gives the normalised batch, float32 (B, C, H, W), channels_last in memory;
-    `sequence(views, parts)` gives load(views[part]) for one part after another.
-
-    FolderImages give the same batches, bit for bit, but their files are decoded for each: `load` waits for
-    it, `sequence` has worker processes read ahead of the training step.
-    """
-
-    def __init__(
-        self, images: Tensor | FolderImages, mean: Tensor, std: Tensor, *, pad=0, flip=False, device="cpu"
-    ):
-        self.N, self.H, self.W, self.C = images.shape
-        self.pad, self.flip, self.device = pad, flip, torch.device(device)
-        self.streamed = isinstance(images, FolderImages)
-        self.crops = StreamedCrops(images, pad, flip) if self.streamed else Crops(images, pad, flip, device)
-        # (x / 255 - mean) / std = x * scale + shift, repeated over a row so that it vectorises
-        scale, shift = 1 / (255 * std), -mean / std
-        self.scale = scale.repeat(self.W).to(self.device)  # (W * C,)
-        self.shift = shift.repeat(self.W).to(self.device)
-
-    def views(self, index: Tensor, generator: torch.Generator | None = None) -> Views:
-        """A random view of each drawn image index (T,); without a generator the plain one, for evaluation."""
-        T = len(index)
-        if generator is None:
-            top = left = torch.full((T,), self.pad)
-            mirror = torch.zeros(T, dtype=torch.bool)
-        else:
-            top, left = torch.randint(2 * self.pad + 1, (2, T), generator=generator)
-            mirror = torch.rand(T, generator=generator) < (0.5 if self.flip else 0.0)
-        return Views(*(field.to(self.device) for field in (index, top, left, mirror)))
-
-    def epoch(self, index: Tensor, batch_size: int, generator: torch.Generator | None = None):
-        columns = [index] if index.ndim == 1 else list(index.unbind(1))
-        views = [self.views(column, generator) for column in columns]
-        parts = split_evenly(len(index), batch_size)
-        return ((part, *(self.load(view[part]) for view in views)) for part in parts)
-
-    def load(self, views: Views) -> Tensor:
-        """The views' pixels, normalised: (B, C, H, W) float32, channels_last."""
-        return self._normalise(self.crops(views))
-
-    def _normalise(self, x: Tensor) -> Tensor:
-        """(B, H, W * C) uint8, a quarter of the bytes to copy to the device -> (B, C, H, W) float32."""
-        x = x.to(self.device, non_blocking=self.device.type == "cuda")
-        x = torch.addcmul(self.shift, x.float(), self.scale)
-        return x.view(len(x), self.H, self.W, self.C).permute(0, 3, 1, 2)
-
-    def sequence(self, views: Views, parts: list[slice]) -> Iterator[Tensor]:
-        """load(views[part]) for each part in turn. Raises UserError for a file that is no readable image."""
-        if not self.streamed or WORKERS == 0:
-            for part in parts:
-                yield self.load(views[part])
-            return
-        loader = DataLoader(
-            _Ahead(self.crops, views),
-            batch_size=None,  # a part is a batch
-            sampler=parts,
-            num_workers=min(WORKERS, len(parts)),
-            pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # else it draws from torch's own, and dropout would be another one
-        )
+    def __getitem__(self, request: tuple[list[str], int]) -> np.ndarray | UserError:
+        files, size = request
         try:
-            with _interrupt_waits():
-                ahead = iter(loader)
-            for left in reversed(range(len(parts))):
-                with _interrupt_waits():
-                    x = next(ahead)
-                if isinstance(x, UserError):
-                    raise x
-                if left:
-                    yield self._normalise(x)
-        finally:  # the workers end here: after an error, or before the last batch is handed out
-            with _interrupt_waits():
-                ahead = None
-        yield self._normalise(x)
+            return np.stack([_read_image(file, size) for file in files])
+        except UserError as error:  # raised here, it would arrive with this process's traceback in its text
+            return error
 
 
-def split_evenly(T: int, batch_size: int) -> list[slice]:
-    """ceil(T / batch_size) batches, sizes equal to within one, so that no small rest is left over."""
-    steps = -(-T // batch_size)
-    edges = [round(T * i / steps) for i in range(steps + 1)]
-    return [slice(a, b) for a, b in itertools.pairwise(edges)]
+def _ignore_interrupt(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program, which ends its workers
+
+
+def _unchanged(pixels: np.ndarray) -> np.ndarray:
+    return pixels  # no tensor: that would be handed over in shared memory, of which containers have little
+
+
+def _start_reader() -> DataLoader:
+    """A DataLoader whose processes run, and stay; what it reads is put into its list `sampler`."""
+    reader = DataLoader(
+        _Files(),
+        batch_size=None,  # a request is a batch
+        sampler=[],
+        collate_fn=_unchanged,
+        num_workers=WORKERS,
+        persistent_workers=True,
+        worker_init_fn=_ignore_interrupt,
+        generator=torch.Generator(),  # else it draws from torch's own, and dropout would be another one
+    )
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited, so that it holds while they start
+    try:
+        iter(reader)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    return reader
+
+
+def _read_ahead(requests: list[tuple[list[str], int]]) -> Iterator[np.ndarray]:
+    """The pixels of each request in turn. Raises UserError for a damaged image or a killed worker."""
+    if WORKERS == 0:
+        results = map(_Files().__getitem__, requests)
+    else:
+        reader = _READERS.pop() if _READERS else _start_reader()
+        reader.sampler[:] = requests
+        results = iter(reader)
+    for _ in requests:
+        try:
+            pixels = next(results)
+        except RuntimeError as error:  # DataLoader's, for a worker that was killed
+            raise UserError(f"{error}; out of memory? Lower --batch-size or --image-size") from None
+        if isinstance(pixels, UserError):
+            raise pixels
+        yield pixels
+    if WORKERS:
+        _READERS.append(reader)  # not after an error: then its workers end with it
 
 
 # %% ---------------------------------------------------------------------------------------------- Metrics
@@ -1801,8 +1934,11 @@ class Run:
             about["best_accuracy"] = max(tested)
         about["seconds"] = sum(line["seconds"] for line in self.history)
         result = {**about, **measured}
-        self._write("result.json", lambda part: part.write_text(to_json(result, indent=1)))
-        self.finished = from_json(to_json(result))
+        with first_rank_first():
+            self._write("result.json", lambda part: part.write_text(to_json(result, indent=1)))
+            written = Run(self.folder)  # the other ranks have not tested
+        self.history = written.history
+        self.finished = written.finished
         return self.finished
 
 
@@ -1875,14 +2011,15 @@ def _describe(run: Run, flags: dict, data: Dataset) -> None:
     run._write("config.json", lambda part: part.write_text(to_json(run.config, indent=1)))
 
 
-def finished_runs(args: argparse.Namespace, runs: list[Run]) -> list[Run]:
-    """Every finished run of args.folder with the flags of `runs`, method and seed aside: for common figures.
+def finished_runs(args: argparse.Namespace, runs: list[Run], aside: tuple = ("method",)) -> list[Run]:
+    """Every finished run of args.folder with the flags of `runs`, seed and `aside` aside: for common figures.
 
     So a later call with fewer methods draws no fewer curves.
     """
 
-    def setting(run: Run) -> dict:
-        return {key: value for key, value in run.config["flags"].items() if key not in ("method", "seed")}
+    def setting(run: Run) -> str:
+        flags = {key: value for key, value in run.config["flags"].items() if key not in ("seed", *aside)}
+        return to_json(flags)  # as they are written: a flag that is not set is nan, and nan is not nan
 
     found = [Run(path.parent) for path in sorted(args.folder.glob("*/seed*/result.json"))]
     settings = [setting(run) for run in runs]

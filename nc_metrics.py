@@ -27,7 +27,7 @@ five pairs), cluster the features inside each coarse class, and the fine labels 
     python nc_metrics.py --run runs/bmls_msclf/digitslt/ce/seed0      measure what another script has trained
     python nc_metrics.py --features features.npz --json               or any file of features
     python nc_metrics.py --dataset cifar10 --coarse pairs --net cnn --per-class 1000 --epochs 50 --lr 0.05
-    python nc_metrics.py --dataset mnist --optimizer adamw      SGD and Adam collapse, AdamW does not
+    python nc_metrics.py --dataset mnist --optimizer adamw      published: SGD and Adam collapse, it does not
 
 FEATURES OF ANY FRAMEWORK: an npz file with the arrays
     train_h (N, d) float, train_y (N,) integers 0..K-1; and if there are any: test_h, test_y (the same),
@@ -41,7 +41,7 @@ WHICH CONVENTION. Papers and code disagree; each metric's docstring in common.py
 - NC3: the squared Frobenius distance of the notebook; nc3_etf is the one of Zhu et al.'s code.
 - NC4: mismatch with the network's own decision, bias included. (Released code compares with the labels, or
   leaves the bias out.)
-- Train and test: test features are measured around their own class means; NC4 on test uses the train means.
+- Test features are measured around their own class means, but NC4 uses the training means.
 - Zero error: the first epoch with 99.9% of the images right while training (the released ZNC code's bound).
 
 WHAT THE SOURCES LEAVE OPEN. Pairing class k with k + K/2, the matrix of mean squared distances, clustering
@@ -65,10 +65,15 @@ def neural_collapse(h: Tensor, W: Tensor, y: Tensor, b: Tensor | None = None) ->
     """NC0 to NC4 as in a textbook; 0 is full collapse.
 
     Features h (N, d), class vectors W (K, d), labels y (N,), biases b (K,). O(N d^2). Everything else in this
-    file takes the same quantities from common.py, which needs no d x d matrix.
+    file takes the same quantities from common.py, which needs no d x d matrix. Raises ValueError for a class
+    without samples.
     """
-    h, W = h.double(), W.double()
-    N, K = len(h), len(W)
+    h = h.double()
+    W = W.double()
+    N = len(h)
+    K = len(W)
+    if (torch.bincount(y, minlength=K) == 0).any():
+        raise ValueError("a class has no sample")
     M = torch.stack([h[y == k].mean(0) for k in range(K)])  # (K, d) mu_k
     Z = h - M[y]  # (N, d) each feature less its class's mean
     C = M - M.mean(0)  # (K, d) mu_k - mu_G
@@ -181,6 +186,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from torch import nn
 
 from common import (
+    VCI_LARGEST_D,
     Arguments,
     Batches,
     Claims,
@@ -249,7 +255,7 @@ def around(means: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
     return h, torch.arange(K).repeat_interleave(2 * d)
 
 
-def layer_peeled(K: int, n: int, reg: float) -> tuple[Tensor, Tensor, Tensor]:
+def peeled_optimum(K: int, n: int, reg: float) -> tuple[Tensor, Tensor, Tensor]:
     """Optimal features H (K n, d), class vectors W (K, d) and labels where every sample's feature is free."""
     generator = torch.Generator().manual_seed(0)
     y = torch.arange(K).repeat_interleave(n)
@@ -300,16 +306,17 @@ def mixture(depth: int, steps: int, seed: int, width: int = 256) -> list[dict]:
 
 def check_theory(folder: Path) -> dict:
     """Print the chapter's claims, each measure against its closed form; draw synthetic.png."""
-    K, d, r, sigma = 10, 32, 3.0, 0.2
+    K = 10
+    d = 32
+    r = 3.0  # length of the means
+    sigma = 0.2
     claims = Claims()
     etf = simplex(K, d)
 
     # ETF means of norm r, covariance exactly sigma^2 I within: everything is known
     h, y = around(r * etf, sigma)
     expected = sigma**2 * (K - 1) ** 2 / (K * r**2)
-    claims.equal(
-        "A simplex of means, round spread: NC1 = sigma^2 (K-1)^2 / (K r^2)", expected, nc1(h, y)[0], 1e-9
-    )
+    claims.equal("A simplex: NC1 = sigma^2 (K-1)^2 / (K r^2)", expected, nc1(h, y)[0], 1e-9)
     expected = d * sigma**2 * (K - 1) / (2 * K * r**2)
     claims.equal("   CDNV = d sigma^2 (K-1) / (2 K r^2)", expected, cdnv(h, y), 1e-9)
 
@@ -320,20 +327,12 @@ def check_theory(folder: Path) -> dict:
     claims.equal("Two sub-clusters in every class: NC1 is blind to them", 0, nc1(h, y)[0], 1e-9)
     claims.equal("   the trace ratio is not: a^2 / r^2", 4 / r**2, trace_ratio(h, y), 1e-9)
 
-    # Zero-mean collapse: class vectors that are orthogonal and not negative. Centring hides the alignment
-    Q = torch.eye(K, dtype=torch.float64)
-    largest = max(zero_mean_metrics(5 * Q, Q).values())
-    claims.equal("Orthogonal means: all zero-mean measures vanish, the largest", 0, largest, 1e-9)
-    floor = 2 * (1 - math.sqrt(1 - 1 / K))
-    claims.equal(
-        "   NC3, which centres, does not: 2 (1 - sqrt(1-1/K))", floor, self_duality(Q, Q - Q.mean(0)), 1e-9
-    )
-
     # More classes than the simplex has room for, K > d + 1: how far can each stay from the others?
-    distance, _ = one_vs_rest_distance(torch.cat([Q[:5], -Q[:5]]))
+    corners = torch.eye(5)
+    distance, _ = one_vs_rest_distance(torch.cat([corners, -corners]))
     claims.equal("Ten directions in five dimensions: one-vs-rest distance", 1, float(distance.min()), 1e-6)
 
-    H, W, y = layer_peeled(K, 4, 0.02)
+    H, W, y = peeled_optimum(K, 4, 0.02)
     worst = max(neural_collapse(H, W, y).values())
     claims.equal("The layer-peeled model collapses wholly: largest of NC0 to NC4", 0, worst, 1e-6)
 
@@ -478,7 +477,8 @@ RECIPES = {
 }
 # Learning rates of SGD, those of the released ZNC code for ResNet-18; and the class size it cuts to
 RATES = {"digits": 0.05, "mnist": 0.0133, "fashionmnist": 0.13, "svhn": 0.0096}
-RATE, ADAM_RATE = 0.068, 0.001
+RATE = 0.068
+ADAM_RATE = 0.001
 PER_CLASS = {"mnist": 5000, "svhn": 4600}
 MILESTONES = {1, 2, 3, 4, 5, 7, 9, 11, 14, 18, 23, 28, 34, 41, 49, 59, 70, 82, 95, 110, 127, 145, 165, 187}
 MILESTONES |= {211, 237, 265, 295, 327, 350}  # epochs at which all is measured, as in that code
@@ -606,7 +606,8 @@ def measure_model(model: nn.ModuleDict, data: Dataset, run: Run) -> tuple[dict, 
     K = len(data.classes)
     train_h, test_h = (embed(model["network"], x, data, run) for x in (data.train_x, data.test_x))
     device = train_h.device
-    train_y, test_y = data.train_y.to(device), data.test_y.to(device)
+    train_y = data.train_y.to(device)
+    test_y = data.test_y.to(device)
     W, b = (parameter.detach().to(device) for parameter in model["classifier"].parameters())
     result = {
         "accuracy": float(((test_h @ W.T + b).argmax(1) == test_y).double().mean()),
@@ -619,21 +620,16 @@ def measure_model(model: nn.ModuleDict, data: Dataset, run: Run) -> tuple[dict, 
     return result, arrays
 
 
-def plane(h: Tensor, y: Tensor) -> list[list[list[float]]]:
+def plane(h: Tensor, y: Tensor) -> list:
     """Forty features of each of the first three classes, in the plane of their means, for a picture.
 
-    Their means are centred at 0 and have mean length 1; the first lies on the x axis. Two classes: a line.
+    The means are centred at 0 and have mean length 1; the first lies on the x axis.
     """
-    shown = torch.isin(y, torch.arange(3, device=y.device))
-    K = min(3, int(y.max()) + 1)
-    sums = class_sums(h[shown], y[shown], K)
-    axes = torch.linalg.qr(sums.centred[:2].T).Q  # (d, 2)
-    scale = sums.centred.norm(dim=1).mean()
-    found = []
-    for k in range(K):
-        z = (h[y == k][:40].double() - sums.mean.mean(0)) @ axes / scale
-        found.append([[round(v, 3) for v in row] for row in z.tolist()])
-    return found
+    shown = y < 3
+    sums = class_sums(h[shown], y[shown])
+    axes = torch.linalg.qr(sums.centred[:2].T).Q / sums.centred.norm(dim=1).mean()  # (d, 2)
+    features = [h[y == k][:40].double() - sums.mean.mean(0) for k in range(len(sums.mean))]
+    return [(z @ axes).round(decimals=3).tolist() for z in features]
 
 
 @torch.no_grad()
@@ -660,8 +656,10 @@ def fine_structure(h: Tensor, test_h: Tensor, fine: Fine, clusterings: list[str]
     D = class_distances(h, fine.train_y)
     sister, other = distance_ratios(D, fine.coarse)
     coarse_y = fine.coarse[fine.train_y].numpy()
-    y, test_y = fine.train_y.numpy(), fine.test_y.numpy()
-    h, test_h = h.cpu().numpy(), test_h.cpu().numpy()
+    y = fine.train_y.numpy()
+    test_y = fine.test_y.numpy()
+    h = h.cpu().numpy()
+    test_h = test_h.cpu().numpy()
     result = {"sister_ratio": sister, "other_ratio": other, "class_distances": D.tolist()}
     result["oracle_probe"] = probe_accuracy(h, y, test_h, test_y)
     for how in clusterings:
@@ -743,9 +741,7 @@ def draw_falling(run: Run, classes: tuple[str, ...]) -> None:
     for plot, step in zip(plots.flat, steps, strict=True):
         for points, name, look in zip(lines[step]["plane"], names, styles(names).values(), strict=True):
             plot.scatter(*np.transpose(points)[:2], s=10, label=name, **look)
-        plot.set(
-            title=f"epoch {lines[step]['epoch']}", aspect="equal", xlabel="in units of the means' length"
-        )
+        plot.set(title=f"epoch {lines[step]['epoch']}", aspect="equal", xlabel="unit: length of a mean")
     handles = figure.axes[0].get_legend_handles_labels()
     figure.legend(*handles, title="class", loc="outside right upper", frameon=False)
     save_figure(run.folder / "falling.png", figure)
@@ -754,21 +750,19 @@ def draw_falling(run: Run, classes: tuple[str, ...]) -> None:
 def draw_fine(run: Run, fine: Fine) -> None:
     """hidden.png: the fine classes inside coarse ones, by PCA. class_distances.png: before and after."""
     features = run.load_features()
-    figure = Figure(figsize=(12, 3.4), layout="constrained")
-    for c, plot in enumerate(figure.subplots(1, 4)):
+    shown = min(4, int(fine.coarse.max()) + 1)
+    figure = Figure(figsize=(3 * shown, 3.4), layout="constrained")
+    for c, plot in enumerate(figure.subplots(1, shown)):
         inside = features["train_y"] == c
         h = prepare(features["train_h"][inside], "l2", 0)
         h = h - h.mean(0)
-        map_ = h @ np.linalg.svd(h, full_matrices=False)[2][:2].T  # the first two principal components
-        for k, look in zip(
-            (fine.coarse == c).nonzero().flatten().tolist(), styles("abcde").values(), strict=False
-        ):
-            members = features["train_fine"][inside] == k
-            plot.scatter(*map_[members].T, s=6, label=fine.classes[k].replace("$", r"\$"), **look)
+        components = h @ np.linalg.svd(h, full_matrices=False)[2][:2].T  # (n, 2), the first two
+        members = torch.nonzero(fine.coarse == c).flatten().tolist()
+        for k, look in zip(members, styles(members).values(), strict=True):
+            own = features["train_fine"][inside] == k
+            plot.scatter(*components[own].T, s=6, label=fine.classes[k].replace("$", r"\$"), **look)
         plot.set(title=f"coarse class {c}", xlabel="first component", ylabel="second component")
         plot.legend(title="fine class", fontsize="small")
-        if c + 1 == int(fine.coarse.max()) + 1:
-            break
     save_figure(run.folder / "hidden.png", figure)
 
     order = torch.argsort(fine.coarse, stable=True).numpy()  # sisters beside each other
@@ -791,14 +785,9 @@ def print_results(runs: list[Run], fine: Fine | None, args: argparse.Namespace) 
     percent = {"accuracy": "accuracy", "train_accuracy": "train"}
     plain = {"nc1": "NC1", "nc2_equiangular_M": "NC2", "nc3": "NC3", "nc4": "NC4", "nc0": "NC0"}
     plain |= {"test_nc1": "test NC1", "cdnv": "CDNV"}
-    hidden = {}
-    if fine:
-        hidden = {
-            "purity": "purity",
-            "untrained_purity": "untrained",
-            "probe": "probe",
-            "oracle_probe": "true",
-        }
+    hidden = {"purity": "purity", "untrained_purity": "untrained", "probe": "probe", "oracle_probe": "true"}
+    if fine is None:
+        hidden = {}
     rows = []
     for name in args.method:
         found = [run.finished for run in runs if run.name == name]
@@ -819,9 +808,7 @@ probe: % of the fine test labels by a linear probe trained on labels so found; t
         print(f"\n{runs[0].name} seed {runs[0].seed}:\n{fine_table(runs[0].finished['fine'])}")
     pictures = ["collapse.png           NC0 to NC4 over the epochs, training and test images"]
     if fine:
-        pictures.append(
-            "hidden.png             the fine classes inside four coarse ones, which training never named"
-        )
+        pictures.append("hidden.png             fine classes inside coarse ones, never named in training")
         pictures.append("class_distances.png    distances of the fine classes before and after training")
     else:
         pictures.append("falling.png            features of three classes fall together over the epochs")
@@ -889,60 +876,51 @@ LAYOUT = (
 )
 
 
-def load_npz(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a features file as they are. Raises UserError that names the file and the layout."""
-    names = ("train_h", "train_y", "test_h", "test_y", "W", "b")
-    if path.suffix == ".npy":
-        raise UserError(f"{path}: .npy holds one array; {LAYOUT}")
-    try:
-        with np.load(path, allow_pickle=False) as file:  # never unpickles
-            return {key: file[key] for key in names if key in file}
-    except Exception as error:  # many kinds; all mean a missing or damaged file
-        reason = getattr(error, "strerror", None) or type(error).__name__
-        raise UserError(f"{path}: not a readable features file ({reason}); {LAYOUT}") from None
-
-
 def read_features(path: Path) -> tuple[dict[str, Tensor], int]:
     """The arrays of a features file, checked, and K. Raises UserError that names file, array and fault."""
-    found = load_npz(path)
 
     def require(ok: bool, what: str) -> None:
         if not ok:
             raise UserError(f"{path}: {what}; {LAYOUT}")
 
-    for key in found.keys() & {"train_h", "test_h", "W", "b"}:
-        a = found[key]
-        ok = np.issubdtype(a.dtype, np.floating) and a.ndim == (1 if key == "b" else 2) and a.size
+    require(path.suffix != ".npy", ".npy holds one array")
+    dimensions = {"train_h": 2, "train_y": 1, "test_h": 2, "test_y": 1, "W": 2, "b": 1}
+    try:
+        with np.load(path, allow_pickle=False) as file:  # never unpickles
+            found = {key: file[key] for key in dimensions if key in file}
+    except Exception as error:  # many kinds; all mean a missing or damaged file
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise UserError(f"{path}: not a readable features file ({reason}); {LAYOUT}") from None
+    for key, a in found.items():
+        kind = np.integer if key.endswith("_y") else np.floating
+        ok = np.issubdtype(a.dtype, kind) and a.ndim == dimensions[key] and a.size
         require(ok, f"{key} is {a.shape} {a.dtype}")
         require(np.isfinite(a).all(), f"{key} has values that are not finite")
-        found[key] = a.astype(np.float64 if a.dtype.itemsize > 4 else np.float32)
+        small = np.float64 if a.dtype.itemsize > 4 else np.float32
+        found[key] = a.astype(np.int64 if kind is np.integer else small)
     splits = ("train", "test") if found.keys() & {"test_h", "test_y"} else ("train",)
     for split in splits:
         require({f"{split}_h", f"{split}_y"} <= found.keys(), f"{split}_h and {split}_y are needed together")
-        y = found[f"{split}_y"]
-        n = len(found[f"{split}_h"])
-        ok = np.issubdtype(y.dtype, np.integer) and y.shape == (n,)
-        require(ok, f"{split}_y is {y.shape} {y.dtype}, and {split}_h has {n} rows")
-        found[f"{split}_y"] = y.astype(np.int64)
     K = len(found["W"]) if "W" in found else int(found["train_y"].max()) + 1
+    d = found["train_h"].shape[1]
     require(K >= 2, f"{K} class, and collapse needs two")
     ok = "b" not in found or ("W" in found and len(found["b"]) == K)
     require(ok, f"b is there, but not with the K = {K} rows of a W")
-    d = found["train_h"].shape[1]
     for key in found.keys() & {"test_h", "W"}:
         require(found[key].shape[1] == d, f"{key} is {found[key].shape}, and train_h has d = {d}")
     for split in splits:
         y = found[f"{split}_y"]
-        require(
-            0 <= y.min() and y.max() < K, f"{split}_y has labels {y.min()} to {y.max()}, not 0 to {K - 1}"
-        )
+        n = len(found[f"{split}_h"])
+        require(len(y) == n, f"{split}_y is {y.shape}, and {split}_h has {n} rows")
+        ok = 0 <= y.min() and y.max() < K
+        require(ok, f"{split}_y has labels {y.min()} to {y.max()}, not 0 to {K - 1}")
         counts = np.bincount(y, minlength=K)
         require(counts.all(), f"class {counts.argmin()} has no sample in {split}_y")
     return {key: torch.from_numpy(a) for key, a in found.items()}, K
 
 
 def report(args: argparse.Namespace) -> dict:
-    """--features and --run: every metric as a table or as JSON, then maps of class distances and cosines."""
+    """--features and --run: every metric as JSON, or as a table and then maps of cosines."""
     path = args.features if args.features else args.run / "features.npz"
     found, K = read_features(path)
     device = metric_device(pick_device(args.device))
@@ -961,41 +939,38 @@ def report(args: argparse.Namespace) -> dict:
     size = {"file": str(path), "N": len(h), "d": h.shape[1], "K": K}
     if args.json:
         print(to_json(size | result, indent=1))
-    else:
-        print(f"{path}: N = {len(h):,}, d = {h.shape[1]}, K = {K}\n")
-        print(report_table(result, collapse_targets(K, h.shape[1])))
-        print("\nMeans are centred, but for ZNC. Minority: the third of the classes rarest in training.")
-        print("nan: not defined, since nothing differs between classes or a vector is 0", end="")
-        print("; VCI: left out, d is too large for a d x d matrix" if h.shape[1] > 4096 else "")
-    place = re.sub(
-        r"[^\w.,+-]+", "-", "-".join((args.run or args.features.with_suffix("")).resolve().parts[-3:])
-    )
+        return size | result
+    print(f"{path}: N = {len(h):,}, d = {h.shape[1]}, K = {K}\n")
+    print(report_table(result, collapse_targets(K, h.shape[1])))
+    print("\nMeans are centred, but for ZNC. Minority: the third of the classes rarest in training.")
+    print("nan: not defined, since nothing differs between classes or a vector is 0", end="")
+    print("; VCI: left out, d is too large for a d x d matrix" if h.shape[1] > VCI_LARGEST_D else "")
+    parts = (args.run or args.features.with_suffix("")).resolve().parts[-3:]
+    place = re.sub(r"[^\w.,+-]+", "-", "-".join(parts)).strip("-")
     maps = {"class means, centred": cosines(class_sums(h, y, K).centred)}
     maps |= {"class vectors": cosines(W)} if W is not None else {}
     maps = {name: cosine.fill_diagonal_(math.nan).cpu().numpy() for name, cosine in maps.items()}
-    figure = args.out / "nc_metrics" / "features" / place.strip("-") / "cosines.png"
+    figure = args.out / "nc_metrics" / "features" / place / "cosines.png"
     axes = {"xlabel": "class", "ylabel": "class"}
     heat_maps(figure, maps, label="cosine", limits=(-1, 1), diverging=True, **axes)
-    if not args.json:
-        print(f"cosines of the training features' class means and of the class vectors: {figure}")
+    print(f"cosines of the training features' class means and of the class vectors: {figure}")
     return size | result
 
 
 def report_table(result: dict[str, dict], targets: dict[str, str]) -> str:
     """A row per metric: of the class vectors, of the features of each split, and its value at collapse."""
+
+    def cell(measured: dict, *names: str) -> str:
+        values = [measured[name] for name in names if name in measured]
+        return f"{values[0]:.6g}" if values else ""
+
     rows = []
     for key, (text, target) in EXPLAINED.items():
-        cells = []
-        vectors = "nc0" if key == "nc0" else f"{key}_W"
-        for split, name in (("train", vectors), *((split, None) for split in result)):
-            names = [name] if name else [key, f"{key}_M"] if key != "nc0" else []
-            values = [result[split][name] for name in names if name in result[split]]
-            cells.append(f"{values[0]:.6g}" if values else "")
+        of_splits = [cell(measured, key, f"{key}_M") for measured in result.values()]
+        cells = [*of_splits, cell(result["train"], f"{key}_W")]
         if any(cells):
             rows.append([text, *cells, targets[target]])
-    if not any(row[1] for row in rows):
-        return table(["metric", *result, "collapsed"], [[row[0], *row[2:]] for row in rows])
-    return table(["metric", "class vectors", *result, "collapsed"], rows)
+    return table(["metric", *result, "class vectors", "collapsed"], rows)
 
 
 # %% [6] Command line
@@ -1010,10 +985,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--run", type=a_path, help="measure FOLDER/features.npz of a run of any script here")
     add("--json", action="store_true", help="with --features or --run: JSON on stdout instead of the table")
     add("--net", choices=list(NETWORKS), help="network")
-    add("--optimizer", choices=list(OPTIMIZERS), default="sgd", help="sgd has momentum 0.9")
-    add(
-        "--per-class", type=at_least(2), help="training images of each class; mnist 5000, svhn 4600, else all"
-    )
+    add("--optimizer", choices=list(OPTIMIZERS), default="sgd", help="lr of adam and adamw: 0.001")
+    add("--per-class", type=at_least(2), help="images kept of each class; mnist 5000, svhn 4600, else all")
     add("--augment", action="store_true", help="random crops and flips; published runs have none")
     add("--coarse", choices=["pairs", "superclasses"], help="train on coarse labels, recover the fine ones")
     how = "features for k-means; the first is the one that is compared"
@@ -1024,9 +997,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         args.lr = RATES.get(base, RATE) if args.optimizer == "sgd" else ADAM_RATE
     if args.per_class is None and not long_tailed:
         args.per_class = PER_CLASS.get(base)
-    for word in (args.coarse, args.optimizer if args.optimizer != "sgd" else None):
-        if word:
-            args.folder = args.folder.with_name(f"{args.folder.name}-{word}")
+    if args.coarse:
+        args.folder = args.folder.with_name(f"{args.folder.name}-{args.coarse}")
+    if args.optimizer != "sgd":
+        args.folder = args.folder.with_name(f"{args.folder.name}-{args.optimizer}")
     if args.features and args.run:
         raise UserError("--features and --run: give one of them")
     if args.json and not (args.features or args.run):

@@ -3,26 +3,33 @@
     python results/collect.py runs/bmls_msclf/cifar100lt
     python results/collect.py runs/bmls_msclf/cifar100lt --into results/bmls_msclf.md --name cifar100lt
 
-A table has a row for each set of flags that was run, mean ± sample std over seeds, and the flags that differ
-between its rows. Below it stand hardware, commit and the flags that all rows share. The page must have the
-lines `<!-- begin NAME -->` and `<!-- end NAME -->`; what stands between them is replaced. Reads result.json
-and config.json only; a folder without result.json is an unfinished run and is named on stderr.
+A table has a row for each set of flags that was run, in the order of the script's METHODS, mean ± sample std
+over seeds, and the flags that differ between its rows. Below it stand hardware, commit and the flags that all
+rows share. Runs whose training loss still falls are named: its mean over the last twentieth of the epochs is
+more than 5% below that over the twentieth before (both come after the learning rate's last step). The page
+must have the lines `<!-- begin NAME -->` and `<!-- end NAME -->`; what stands between them is replaced. A
+folder without result.json is an unfinished run and is named on stderr.
 """
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import UserError, mean_std, write_atomically
+from common import Run, UserError, mean_std, write_atomically
 
 PERCENT = {  # shares; a table shows those that all its runs have
-    "accuracy": "last %",
+    "accuracy": "accuracy %",
+    "train_accuracy": "train %",
     "best_accuracy": "best %",
     "many": "many %",
     "medium": "medium %",
     "few": "few %",
+    "minus_log_n": "-log n %",  # heads: the same features, other heads
+    "equal_length": "equal lengths %",
+    "nearest_mean": "nearest mean %",
     "class_il": "class-IL %",  # fno_continual.py
     "task_il": "task-IL %",
     "forgetting": "forgetting %",
@@ -63,64 +70,78 @@ PLAIN = {
 LEFT_OUT = {"seed", "eval_every", "compile", "dry_run"}
 
 
-def read_runs(folders: list[Path]) -> list[tuple[dict, dict]]:
-    """(config, result) of every finished run below the folders, sorted by path. UserError if none."""
+def read_runs(folders: list[Path]) -> list[Run]:
+    """Every finished run below the folders, in the order of the script's METHODS. UserError if none."""
     runs = []
     for folder in folders:
         for path in sorted(folder.rglob("config.json")):
-            if not path.with_name("result.json").exists():
-                print(f"{path.parent}: not finished, left out", file=sys.stderr)
+            run = Run(path.parent)
+            if run.finished is None:
+                print(f"{run.folder}: not finished, left out", file=sys.stderr)
                 continue
-            try:
-                runs.append(
-                    (json.loads(path.read_text()), json.loads(path.with_name("result.json").read_text()))
-                )
-            except (OSError, ValueError) as error:
-                raise UserError(f"{path.parent}: not readable ({error})") from None
+            run.finished |= run.finished.get("heads", {})
+            runs.append(run)
     if not runs:
         raise UserError(f"{' '.join(map(str, folders))}: no finished run below it")
-    return runs
+    return sorted(runs, key=place)
+
+
+def place(run: Run) -> int:
+    """Where the run's method comes in its script: the position of `"name": ` in source.py after METHODS."""
+    source = run.folder / "source.py"
+    text = source.read_text() if source.exists() else ""
+    found = re.search(rf'^METHODS.*?"{re.escape(run.name)}":', text, re.S | re.M)
+    return found.end() if found else len(text)
+
+
+def still_falls(runs: list[Run]) -> bool:
+    """Does the training loss of a row's runs still fall at the end, so that they have not converged?"""
+    before = after = 0.0
+    for run in runs:  # a sum over seeds: Mixup's loss is noisy
+        losses = [line["loss"] for line in run.history]
+        n = max(1, len(losses) // 20)
+        before += sum(losses[-2 * n : -n])
+        after += sum(losses[-n:])
+    return after < 0.95 * before
 
 
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def markdown(runs: list[tuple[dict, dict]]) -> str:
+def markdown(runs: list[Run]) -> str:
     """The table, and the lines below it."""
-    groups: dict[str, list] = {}
-    for config, result in runs:
-        flags = {k: v for k, v in config["flags"].items() if k not in LEFT_OUT}
-        groups.setdefault(json.dumps(flags, sort_keys=True), []).append((config, result))
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        flags = {k: v for k, v in run.config["flags"].items() if k not in LEFT_OUT}
+        groups.setdefault(json.dumps(flags, sort_keys=True), []).append(run)
     flags = [json.loads(key) for key in groups]
-    names = sorted(set().union(*flags))
-    differing = [n for n in names if n != "method" and len({json.dumps(f.get(n)) for f in flags}) > 1]
-    shared = [
-        n for n in names if n != "method" and n not in differing and flags[0].get(n) not in (None, False)
-    ]
-    measures = [key for key in (*PERCENT, "ece", *PLAIN) if all(key in result for _, result in runs)]
+    names = [name for name in sorted(set().union(*flags)) if name != "method"]
+    differing = [n for n in names if len({json.dumps(f.get(n)) for f in flags}) > 1]
+    shared = [n for n in names if n not in differing and flags[0].get(n) not in (None, False)]
+    measures = [key for key in (*PERCENT, "ece", *PLAIN) if all(key in run.finished for run in runs)]
     titles = {**PERCENT, "ece": "ECE %", **PLAIN}
-    header = ["method", *(flag(n) for n in differing), "seeds", *(titles[m] for m in measures)]
+    header = ["method", *map(flag, differing), "seeds", *(titles[m] for m in measures)]
     rows = [header, [":--", *["--:"] * (len(header) - 1)]]
     for f, found in zip(flags, groups.values(), strict=True):
-        results = [result for _, result in found]
-        cells = [
-            mean_std([r[m] for r in results], 3 if m in PLAIN else 2, 1 if m in PLAIN else 100)
-            for m in measures
-        ]
-        cells = ["-" if cell.startswith("nan") else cell for cell in cells]  # not defined for such a run
-        rows.append([f"`{f['method']}`", *(str(f.get(n)) for n in differing), str(len(results)), *cells])
+        values = [f.get(n) for n in differing]
+        cells = [f"`{f['method']}`", *("" if v is None or v != v else v for v in values), len(found)]
+        for m in measures:
+            values = [run.finished[m] for run in found]
+            cell = mean_std(values, 3 if m in PLAIN else 2, 1 if m in PLAIN else 100)
+            cells.append("-" if cell.startswith("nan") else cell)  # not defined for such a run
+        rows.append(list(map(str, cells)))
     lines = ["| " + " | ".join(row) + " |" for row in rows]
-    same = ", ".join(f"{flag(n)} {flags[0][n]}" for n in shared)
-    minutes = [result["seconds"] / 60 for _, result in runs if "seconds" in result]
-    lines += [
-        "",
-        f"All rows: {same}.",
-        *([f"Groups: {runs[0][1]['rule']}."] if "rule" in runs[0][1] else []),
-        f"Hardware: {'; '.join(sorted({config['hardware'] for config, _ in runs}))}; "
-        f"{min(minutes):.1f} to {max(minutes):.1f} minutes of training a run.",
-        f"Code: commit {', '.join(sorted({config['commit'][:10] for config, _ in runs}))}.",
-    ]
+    minutes = [run.finished["seconds"] / 60 for run in runs if "seconds" in run.finished]
+    hardware = "; ".join(sorted({run.config["hardware"] for run in runs}))
+    lines += ["", f"All rows: {', '.join(f'{flag(n)} {flags[0][n]}' for n in shared)}."]
+    if "rule" in runs[0].finished:
+        lines.append(f"Groups: {runs[0].finished['rule']}.")
+    lines.append(f"Hardware: {hardware}; {min(minutes):.1f} to {max(minutes):.1f} minutes per run.")
+    falling = [found[0].name for found in groups.values() if still_falls(found)]
+    if falling:
+        lines.append(f"Not converged, training loss still falls: {', '.join(falling)}.")
+    lines.append(f"Code: commit {', '.join(sorted({run.config['commit'][:10] for run in runs}))}.")
     return "\n".join(lines)
 
 

@@ -396,7 +396,7 @@ def test_a_finished_run_is_not_redone(tmp_path, capsys, no_figures):
     (["--ms", "dot"], ["--ms dot", "--classifier etf"]),
     (["--over"], ["--over"]),
     (["--net", "resnet34"], ["--net", "resnet32"]),
-    (["--dataset", "folder:nowhere"], ["folder:nowhere", "train"]),
+    (["--dataset", "folder:nowhere"], ["folder:", "nowhere", "train"]),
 ])  # fmt: skip
 def test_bad_flags(argv, words, user_error, tmp_path):
     with user_error(*words):

@@ -12,7 +12,7 @@ collect = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(collect)
 
 
-def write_run(folder, method, seed, accuracy, **flags):
+def write_run(folder, method, seed, accuracy, loss=lambda epoch: 1.0, **flags):
     folder.mkdir(parents=True)
     flags = {"method": method, "seed": seed, "lr": 0.1, "alpha": 1.0, **flags}
     config = {"flags": flags, "commit": "0123456789abcdef", "hardware": "an abacus", "versions": {}}
@@ -26,20 +26,26 @@ def write_run(folder, method, seed, accuracy, **flags):
         "seconds": 60,
     }
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "result.json").write_text(json.dumps(result))
+    (folder / "result.json").write_text(json.dumps({"method": method, "heads": {"own": 0.5}, **result}))
+    history = [{"epoch": e, "loss": loss(e)} for e in range(1, 21)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in history))
+    (folder / "source.py").write_text('METHODS = {\n    "mixup": 1,\n    "ce": 2,\n}\n')
 
 
 def test_mean_and_spread_over_seeds_a_row_for_each_set_of_flags(tmp_path, capsys):
     write_run(tmp_path / "a", "mixup", 0, 0.30)
     write_run(tmp_path / "b", "mixup", 1, 0.32)
     write_run(tmp_path / "c", "mixup", 0, 0.40, alpha=0.2)
+    write_run(tmp_path / "0", "ce", 0, 0.20, loss=lambda epoch: 0.5**epoch, alpha=None)
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "config.json").write_text("{}")  # unfinished
     text = collect.main([str(tmp_path)])
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"
     ]
-    assert rows[0][:4] == ["method", "--alpha", "seeds", "last %"]
+    assert [row[0] for row in rows[2:]] == ["`mixup`", "`mixup`", "`ce`"]  # as in the script
+    assert "None" not in text and "nan" not in text and "still falls: ce." in text
+    assert rows[0][:4] == ["method", "--alpha", "seeds", "accuracy %"]
     assert rows[2][:4] == ["`mixup`", "1.0", "2", "31.00 ± 1.41"]  # std of .30 and .32 with n - 1
     assert rows[3][:4] == ["`mixup`", "0.2", "1", "40.00"]
     assert "--lr 0.1" in text and "an abacus" in text and "0123456789" in text

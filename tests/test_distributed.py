@@ -143,7 +143,20 @@ def same_on_both_ranks(tmp_path, method):
     return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-SHORT = ["--epochs", "2", "--eval-every", "2", "--batch-size", "40", "--lr", "0.1", "--weight-decay", "1e-3"]
+SHORT = [
+    "--dataset",
+    "digits",
+    "--epochs",
+    "2",
+    "--eval-every",
+    "2",
+    "--batch-size",
+    "40",
+    "--lr",
+    "0.1",
+    "--weight-decay",
+    "1e-3",
+]
 
 
 @pytest.mark.parametrize("script, methods, flags", [
