@@ -566,7 +566,7 @@ def test_common_figures_show_every_finished_method(tmp_path, monkeypatch):
     (["--task", "fewshot", "--batch-size", "32"], ["--batch-size 32", "100 images"]),
     (["--task", "fewshot", "--shots", "500"], ["--dataset digits", "515"]),
     (["--task", "fewshot", "--test-episodes", "1"], ["--test-episodes", "2 or more"]),
-    (["--dataset", "folder:nowhere"], ["folder:nowhere", "train"]),
+    (["--dataset", "folder:nowhere"], ["nowhere", "train"]),
 ])  # fmt: skip
 def test_bad_flags(argv, words, user_error, tmp_path):
     with user_error(*words):
