@@ -67,9 +67,8 @@ def test_dot_regression_is_the_papers_formula(E_W, E_H):
     for i in range(len(h)):
         E = math.sqrt(E_W * E_H)
         losses.append(1 / (2 * E) * (sum(W[y[i], j] * h[i, j] for j in range(7)) - E) ** 2)
-    assert script.dot_regression_loss(h, W, y, None, E_W, E_H).item() == pytest.approx(
-        float(sum(losses) / len(h))
-    )
+    ours = script.dot_regression_loss(h, W, y, None, E_W, E_H).item()
+    assert ours == pytest.approx(float(sum(losses) / len(h)))
 
 
 def test_dot_regression_with_class_lengths_is_the_released_formula():
@@ -180,9 +179,8 @@ def test_a_projection_makes_room_for_more_classes():
     args = script.parse(["--net", "resnet32", "--project", "9"])
     h, W = script.build_model(args, script.METHODS["etf+dr"], data)["classifier"](torch.rand(3, 9))
     assert W.shape == (10, 9)  # K - 1 dimensions are enough
-    model = script.build_model(
-        script.parse(["--net", "resnet32", "--project", "150"]), script.METHODS["ce"], data
-    )
+    args = script.parse(["--net", "resnet32", "--project", "150"])
+    model = script.build_model(args, script.METHODS["ce"], data)
     h = model["network"](torch.randn(200, 1, 8, 8))
     assert h.shape == (200, 150)
     assert torch.linalg.matrix_rank(h.detach() - h.detach().mean(0)) > 64  # more than the network's 64
@@ -274,13 +272,11 @@ def test_a_folder_through_resnet50(folder, tmp_path, no_figures):
     argv = ["--dataset", f"folder:{folder}", "--image-size", "40", "--batch-size", "4"]
     argv += ["--method", "etf+dr+mixup"]
     (result,) = script.main([*argv, "--dry-run", "--out", str(tmp_path / "out")])["results"]
-    assert result["counts"] == [6, 3, 2] and 0 <= result["accuracy"] <= 1
-    assert (
-        sum(p.numel() for p in script.resnet50(3, 1).parameters()) == 23_508_032
-    )  # 25.6 M with its last layer
+    assert result["counts"] == [2, 2, 2] and 0 <= result["accuracy"] <= 1
+    assert sum(p.numel() for p in script.resnet50(3, 1).parameters()) == 23_508_032
     (path,) = (tmp_path / "out").rglob("features.npz")
     with np.load(path) as arrays:
-        assert arrays["train_h"].shape == (11, 2048) and arrays["W"].shape == (3, 2048)
+        assert arrays["train_h"].shape == (6, 2048) and arrays["W"].shape == (3, 2048)
 
 
 # %% The program
@@ -363,7 +359,7 @@ def test_dry_run_as_a_user_starts_it(tmp_path):
     done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
     assert "training images" in done.stdout
-    assert done.stderr == ""  # no progress bar where there is no terminal
+    assert done.stderr.count("\n") == 1 and "a ratio of 142, not 100" in done.stderr  # and no progress bar
     folder = tmp_path / "dry-run" / "etf_dr" / "digitslt"
     wanted = {"config.json", "metrics.jsonl", "result.json", "checkpoint.pt", "features.npz", "source.py"}
     figures = {"accuracy_by_class", "training", "class_vectors"}
