@@ -809,10 +809,21 @@ def measure(model: nn.ModuleDict, job: Job, data: Dataset, run: Run) -> dict:
     }
 
 
+def place(run: Run) -> tuple:
+    """Where a run comes in tables and figures: learners in the chapter's order, learnable before fixed."""
+    job = run.finished
+    return (
+        list(METHODS).index(job["method"]),
+        job["buffer"],
+        list(STYLE).index(job["classifier"]),
+        job["mask"],
+    )
+
+
 def by_job(runs: list[Run]) -> dict[tuple[str, str], list[dict]]:
-    """Results of each job, its seeds together: {("er 50", "fno + mask"): [...]}, learners in order."""
+    """Results of each job, its seeds together: {("er 50", "fno + mask"): [...]}, in order."""
     found = {}
-    for run in sorted(runs, key=lambda run: list(METHODS).index(run.finished["method"])):
+    for run in sorted(runs, key=place):
         job = run.finished
         learner = f"{job['method']} {job['buffer'] or ''}".strip()
         found.setdefault((learner, variant(job["classifier"], job["mask"])), []).append(job)
@@ -822,7 +833,9 @@ def by_job(runs: list[Run]) -> dict[tuple[str, str], list[dict]]:
 def draw_figures(folder: Path, runs: list[Run]) -> None:
     """Figures of finished runs: means over seeds, heat maps of the first seed."""
     found = by_job(runs)
-    first = {run.folder.parent.name: run for run in reversed(runs)}
+    first = {}  # the first seed of each job
+    for run in sorted(runs, key=place):
+        first.setdefault(run.folder.parent.name, run)
     if runs[0].finished["method"] == "balanced":
         draw_balanced(folder / "znc.png", first)
     else:
@@ -830,7 +843,7 @@ def draw_figures(folder: Path, runs: list[Run]) -> None:
         streams = {job: same for job, same in found.items() if len(same[0]["matrix_class_il"]) > 1}
         if streams:
             draw_forgetting(folder / "forgetting.png", streams)
-    maps = {name: 100 * first[name].load_features()["energy"] for name in reversed(first)}
+    maps = {name: 100 * first[name].load_features()["energy"] for name in first}
     classes = runs[0].finished["classes"]
     ticks = range(0, len(classes), math.ceil(len(classes) / 10))
     names = [classes[k] for k in ticks]
