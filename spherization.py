@@ -73,13 +73,12 @@ def spherize(z: Tensor, s: Tensor | float, r: float = 5.0, delta: float = 1e-6) 
     """
     n = z.shape[-1]
     phi_L = lower_bound(n, delta)
+    psi = (math.pi / 2 - phi_L) * torch.sigmoid(-s * z)  # (..., n): pi/2 - phi
+    cos = psi.sin()  # cos(phi)
     if n < 40:
-        phi = (math.pi / 2 - phi_L) * torch.sigmoid(s * z) + phi_L  # (..., n)
-        cos = phi.cos()
+        phi = (math.pi / 2 - phi_L) * torch.sigmoid(s * z) + phi_L
         log_sin = phi.sin().log()
-    else:  # sines just below 1, whose rounding errors would add up: take them from the cosines
-        psi = (math.pi / 2 - phi_L) * torch.sigmoid(-s * z)  # (..., n): pi/2 - phi
-        cos = psi.sin()
+    else:  # sines just below 1, whose rounding errors would add up: from the cosines
         log_sin = 0.5 * torch.log1p(-cos * cos)
     P = log_sin.cumsum(-1).exp()  # (..., n)
     one = torch.ones_like(z[..., :1])
