@@ -155,15 +155,6 @@ def load_dataset(
     return Dataset(train_x, train_y, test_x, test_y, classes, mean, std, pad, flip, fingerprint)
 
 
-def keep_per_class(y: Tensor, n: int, seed: int = 0) -> Tensor:
-    """Sorted numbers of n images per class, drawn at random, or all of a class with fewer; at least one."""
-    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
-    order = order[y[order].argsort(stable=True)]  # class after class, shuffled within
-    counts = torch.bincount(y)
-    first = (counts.cumsum(0) - counts).repeat_interleave(counts)  # where the image's class begins
-    return order[torch.arange(len(y)) - first < max(n, 1)].sort().values
-
-
 _ARRAYS = ("train_x", "train_y", "test_x", "test_y")
 
 
