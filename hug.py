@@ -62,7 +62,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Proxies and features are taken at unit length: W (K, d), h (B, d) raw in, w_k and x_i normalised here.
+# x_i and w_k are features h (B, d) and proxies W (K, d) at unit length.
 
 
 def pair_distances(W: Tensor) -> Tensor:
@@ -129,16 +129,14 @@ def hug_loss(
 
 
 def hug_sum_loss(h: Tensor, W: Tensor, y: Tensor, uniformity: str, alpha: float, beta: float) -> Tensor:
-    """The former reading (--reduction sum): sums over ordered pairs and over the batch, nothing detached."""
-    x = F.normalize(h, dim=1)
-    w = F.normalize(W, dim=1)
+    """--reduction sum: sums over ordered pairs and over the batch, nothing detached. h, W of unit length."""
     if uniformity == "mhe":
-        between = 2 * pair_distances(w).pow(-1).sum()
+        between = 2 * pair_distances(W).pow(-1).sum()
     elif uniformity == "mhs":
-        between = -separation(w)
+        between = -separation(W)
     else:
-        between = -gram_logdet(w).to(W.device, W.dtype)
-    r = distance_to_proxy(x, w[y])  # (B,)
+        between = -gram_logdet(W).to(W.device, W.dtype)
+    r = distance_to_proxy(h, W[y])  # (B,)
     if uniformity == "mhs":  # the farthest feature of each class
         r = r.new_zeros(len(W)).scatter_reduce(0, y, r, "amax")
     return alpha * between + beta * r.sum()
