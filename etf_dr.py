@@ -157,7 +157,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torchvision
 from matplotlib.figure import Figure
 from scipy.integrate import solve_ivp
 from torch import nn
@@ -481,7 +480,9 @@ class Classifier(nn.Module):
 
 def resnet50(channels: int, width: int) -> nn.Module:
     """torchvision's, from scratch, without its last layer: (B, 3, H, W) -> h (B, 2048). It has one width."""
-    network = torchvision.models.resnet50(weights=None)
+    from torchvision import models  # here, since importing it takes seconds
+
+    network = models.resnet50(weights=None)
     network.fc = nn.Identity()
     network.d = 2048  # the paper widens the last stage to 4096
     return network

@@ -249,7 +249,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torchvision
 from matplotlib.figure import Figure
 
 from common import (
@@ -454,7 +453,9 @@ def resnet18(channels: int) -> nn.Module:
 
     The ImageNet stem (7x7, stride 2, max-pool) would leave a 32x32 image as 1x1 before the last stage.
     """
-    network = torchvision.models.resnet18(weights=None)
+    from torchvision import models  # here, since importing it takes seconds
+
+    network = models.resnet18(weights=None)
     network.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
     network.maxpool = network.fc = nn.Identity()
     network.d = 512
@@ -809,10 +810,21 @@ def measure(model: nn.ModuleDict, job: Job, data: Dataset, run: Run) -> dict:
     }
 
 
+def place(run: Run) -> tuple:
+    """Where a run comes in tables and figures: learners in the chapter's order, learnable before fixed."""
+    job = run.finished
+    return (
+        list(METHODS).index(job["method"]),
+        job["buffer"],
+        list(STYLE).index(job["classifier"]),
+        job["mask"],
+    )
+
+
 def by_job(runs: list[Run]) -> dict[tuple[str, str], list[dict]]:
-    """Results of each job, its seeds together: {("er 50", "fno + mask"): [...]}, learners in order."""
+    """Results of each job, its seeds together: {("er 50", "fno + mask"): [...]}, in order."""
     found = {}
-    for run in sorted(runs, key=lambda run: list(METHODS).index(run.finished["method"])):
+    for run in sorted(runs, key=place):
         job = run.finished
         learner = f"{job['method']} {job['buffer'] or ''}".strip()
         found.setdefault((learner, variant(job["classifier"], job["mask"])), []).append(job)
@@ -822,7 +834,9 @@ def by_job(runs: list[Run]) -> dict[tuple[str, str], list[dict]]:
 def draw_figures(folder: Path, runs: list[Run]) -> None:
     """Figures of finished runs: means over seeds, heat maps of the first seed."""
     found = by_job(runs)
-    first = {run.folder.parent.name: run for run in reversed(runs)}
+    first = {}  # the first seed of each job
+    for run in sorted(runs, key=place):
+        first.setdefault(run.folder.parent.name, run)
     if runs[0].finished["method"] == "balanced":
         draw_balanced(folder / "znc.png", first)
     else:
@@ -830,7 +844,7 @@ def draw_figures(folder: Path, runs: list[Run]) -> None:
         streams = {job: same for job, same in found.items() if len(same[0]["matrix_class_il"]) > 1}
         if streams:
             draw_forgetting(folder / "forgetting.png", streams)
-    maps = {name: 100 * first[name].load_features()["energy"] for name in reversed(first)}
+    maps = {name: 100 * first[name].load_features()["energy"] for name in first}
     classes = runs[0].finished["classes"]
     ticks = range(0, len(classes), math.ceil(len(classes) / 10))
     names = [classes[k] for k in ticks]

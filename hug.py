@@ -5,8 +5,8 @@
 """Neural collapse beyond K <= d + 1, and the hyperspherical uniformity gap (HUG) that aims at it directly.
 
 Source: Liu, Yu, Weller, Schoelkopf, Generalizing and Decoupling Neural Collapse via Hyperspherical Uniformity
-Gap (ICLR 2023). Of it we have the abstract, the coefficients and a few settings, but neither the loss
-equations nor a table: see the last paragraph.
+Gap (ICLR 2023, arXiv 2303.06484), of which we have the abstract, the coefficients and a few settings; and the
+second author's official code (yulonghui/Uniformity-Gap), which has MHE alone.
 
 WHAT COLLAPSES. At the end of training with cross-entropy all features of a class fall onto their mean, and
 the K means, centred, onto a simplex ETF: equal angles, cosine -1/(K-1). But K points at equal angles need
@@ -16,96 +16,53 @@ onto their class mean, and the means spread over the sphere as uniformly as K po
 there by one force that both pulls a feature to its own class vector and pushes it from the others; under a
 long tail the two are out of balance and the rare classes' vectors fall onto each other.
 
-THE REMEDY. Say both aims one by one: HUG = uniformity between classes - uniformity within classes. With
-unit features x_i, one unit proxy w_k for each class (the classifier: the nearest proxy wins), B images:
+THE REMEDY states the two aims separately: HUG = uniformity between classes - uniformity within classes. With
+unit features x_i, one unit proxy w_k per class (the classifier: the nearest proxy wins), the classes C_B of a
+batch and their samples B_c:
 
-    L = -alpha U_inter(w_1..w_K) + beta U_intra(x, w)
-    MHE  U_inter = - sum_{k != l} ||w_k - w_l||^-2                minimum hyperspherical energy
-    MHS  U_inter = min_{k != l} ||w_k - w_l||                     maximum separation
-    MGD  U_inter = log det G, G_kl = exp(-eps ||w_k - w_l||^2)    maximum Gram determinant
-    U_intra = sum_i ||x_i - w_{y_i}||                             MHS: sum_k max_{i in k} ||x_i - w_k||
+    L = alpha U(w_1..w_K) + beta (1/|C_B|) sum_{c in C_B} (1/|B_c|) sum_{i in B_c} ||x_i - stopgrad(w_c)||
+    MHE  U = mean_{k<l} ||w_k - w_l||^-2                          official: minimum hyperspherical energy
+    MHS  U = - min_{k<l} ||w_k - w_l||                            reconstructed: maximum separation
+    MGD  U = - 1/K log det G, G_kl = exp(-||w_k - w_l||^2)        reconstructed: maximum Gram determinant
 
-U_intra has the minimum 0 at x_i = w_{y_i} wherever the proxies are, so the two aims never trade off: neither
-alpha / beta nor the class counts move the optimum. Cost: O(K^2) for the proxies, O(B) for the batch.
+The second term has the minimum 0 at x_i = w_{y_i} wherever the proxies are, so the aims never trade off:
+neither alpha / beta nor the class counts move the optimum. Cost: O(K^2) for the proxies, O(B) for the batch.
+What follows from the official form:
+- Proxies feel the first term alone (stopgrad): "learnable" proxies are uniformity optimised on the way, while
+  the features chase them. `hug-fixed` optimises them beforehand.
+- Means class by class weigh samples by inverse frequency within a batch, as ETF + DR's class lengths do. On a
+  long tail cross-entropy must be given the same before the two are compared: --reweight on.
 
-Where the best proxies are known (r: distance of two points; energies over ordered pairs):
-    K <= d + 1   simplex          every r = sqrt(2K/(K-1))                  MHE energy (K-1)^2 / 2
-    K = 2d       cross-polytope   r = 2 once, sqrt 2 else                   MHE energy d (4d-3) / 2
-    d = 2        regular polygon  r = 2 sin(pi j / K), j = 1..K-1           MHE energy K (K^2-1) / 12
+Where the best proxies are known (r: distance of two points; mean energy over pairs, s = 2):
+    K <= d + 1   simplex          every r = sqrt(2K/(K-1))                  (K-1) / 2K
+    K = 2d       cross-polytope   r = 2 once, sqrt 2 else                   (4d-3) / (4 (2d-1))
+    d = 2        regular polygon  r = 2 sin(pi j / K), j = 1..K-1           (K+1) / 12
     K -> inf     uniform law      mean of r^-s = 2^(d-s-2) G(d/2) G((d-1-s)/2) / (sqrt(pi) G(d-1-s/2))
 
     python hug.py                                                 digits on a circle; a minute on two cores
     python hug.py --synthetic                                     the theory above, claim by claim
-    python hug.py --dataset cifar10 --method all --seed 0 1 2     ResNet-18; for a GPU
-    python hug.py --dataset cifar100 --net cnn --per-class 100 --epochs 10 --method ce hug-mhe
+    python hug.py --dim 16                                        digits with room for a simplex
+    python hug.py --dataset cifar100 --net cnn --dim 64 --epochs 30 --method ce hug-mhe
 
-WHAT TO EXPECT. Digits with d = 16 (3 seeds): hug-mhe, hug-mhs and hug-mgd are right in 99.3 to 99.6%, ce in
-99.1; under PGD 96.3 to 96.7 against 95.1; calibration error 0.4 to 0.7% against 1.1; with MHE and MHS the
-features collapse onto a simplex. On a circle, d = 2 (5 seeds), HUG's class vectors are spread evenly and
-cross-entropy's are not, and yet ce is right in 96%, hug-mhe in 83, hug-mgd in 82, hug-mhs in 71, hug-fixed
-in 48 and ce+norm in 46: HUG's features have not found their places after 25 epochs. CIFAR-10 in small, 10
-epochs: ce 62%, hug-mhe 58 (results/hug.md).
-
-WHAT THE SOURCE LEAVES OPEN, and what we chose. Known: the idea, HUG = inter - intra, and alpha / beta =
-0.15/0.015 (MHE), 0.15/0.015 (MHS), 0.15/0.03 (MGD). Reconstructed, not confirmed:
-- The equations above: exponents 2 and -1 of MHE, and max instead of sum within a class for MHS (--intra).
-  (The kernel within must grow with r: with r^-s or log 1/r a class would win without limit by shrinking.)
-- Sums, not means (--reduction). At K = 100 the optimum of a sum over pairs is 120 times that at K = 10.
-- eps = 1 for MGD (--mgd-epsilon), as in the first author's code for MGD as a regulariser of neurons.
-- Proxies start at random and are put back onto the sphere after every step; a proxy's gradient is cut to
-  length 1, since r^-2 has no bound. --proxies fixed optimises them first and then leaves them alone.
-- Schedule, weight decay, augmentation, attacks: the usual ones, alike for all methods.
+WHAT THE SOURCES LEAVE OPEN, and what we chose
+- alpha = beta = 1 (official default). The paper's .15/.015 (MHE, MHS) and .15/.03 (MGD) go with sums or with
+  means: not stated. --reduction sum is the former reading, sums over ordered pairs and over the batch with
+  those weights, proxies put back onto the sphere after every step, a proxy's gradient cut to length 1 (r^-2
+  has no bound), the farthest feature per class for MHS, and proxies that feel both terms.
+- MHS and MGD: the same structure as the official MHE. The width of MGD's kernel is that of the first
+  author's code for MGD as a regulariser of neurons.
+- Schedule, augmentation, attacks: the usual ones, alike for all methods. Proxies have the weight decay of all
+  other parameters, as in the official code.
 - hug-fixed is ours: fixed proxies with the dot-regression of Yang et al. 2022. Where a simplex exists it is
   their ETF + DR; it goes on where none does.
 """
 
-import argparse
-import functools
-import math
-import shlex
-import sys
-import time
-from pathlib import Path
-from typing import NamedTuple
-
-import numpy as np
+# %% [1] The method. This cell needs nothing else, so that it can be pasted into a notebook
 import torch
 import torch.nn.functional as F
-import torchvision
-from matplotlib.figure import Figure
-from scipy.optimize import minimize_scalar
-from scipy.special import digamma, gammaln
-from torch import Tensor, nn
-from torchvision.transforms.functional import gaussian_blur
-from tqdm import tqdm
+from torch import Tensor
 
-from common import (
-    SPECS,
-    Batches,
-    Dataset,
-    Run,
-    TrainingStep,
-    UserError,
-    accuracy_per_class,
-    collapse_metrics,
-    cosines,
-    expected_calibration_error,
-    hardware,
-    load_dataset,
-    mean_pairwise_cosine,
-    mean_std,
-    metric_device,
-    pick_device,
-    pick_precision,
-    run_side_by_side,
-    shot_groups,
-    split_evenly,
-    table,
-    write_atomically,
-)
-
-# %% [1] The method
-# Everything here takes unit vectors: proxies W (K, d), features x (B, d).
+# x_i and w_k are features h (B, d) and proxies W (K, d) at unit length.
 
 
 def pair_distances(W: Tensor) -> Tensor:
@@ -118,20 +75,125 @@ def pair_distances(W: Tensor) -> Tensor:
     return F.pdist(W).square() + torch.finfo(W.dtype).eps
 
 
-def riesz_energy(W: Tensor, s: float) -> Tensor:
-    """E_s = sum_{k != l} K_s(||w_k - w_l||), K_s(r) = sign(s) r^-s, K_0(r) = log(1/r), over ordered pairs.
-
-    Least where the rows are most uniform. (The first author's MHE code has -log r^2, twice K_0, and means
-    over unordered pairs.)
-    """
-    r2 = pair_distances(W)
-    kernel = -0.5 * r2.log() if s == 0 else math.copysign(1, s) * r2 ** (-s / 2)
-    return 2 * kernel.sum()
+def pair_energy(W: Tensor) -> Tensor:
+    """MHE: mean_{k<l} ||w_k - w_l||^-2 of unit rows. Least where they are most uniform."""
+    return pair_distances(W).pow(-1).mean()
 
 
 def separation(W: Tensor) -> Tensor:
-    """min_{k != l} ||w_k - w_l||; tied pairs share the gradient. (The first author's MHS code squares it.)"""
+    """MHS: min_{k<l} ||w_k - w_l||; tied pairs share the gradient."""
     return pair_distances(W).amin().sqrt()
+
+
+def gram_logdet(W: Tensor, jitter: float = 1e-6) -> Tensor:
+    """MGD: log det (G + jitter I), G_kl = exp(-||w_k - w_l||^2): largest where the rows are most uniform.
+
+    In float64: 100 points on a circle give eigenvalues down to 1e-64, and only the jitter keeps them apart
+    from 0. (jitter as in the first author's code.)
+    """
+    W = W.cpu().double() if W.device.type == "mps" else W.double()  # Apple's MPS has no float64
+    G = (-(2 - 2 * W @ W.T).clamp_min(0)).exp()  # (K, K)
+    return (G + jitter * torch.eye(len(W), dtype=G.dtype, device=G.device)).logdet()
+
+
+def distance_to_proxy(x: Tensor, w: Tensor, softness: float = 0.0) -> Tensor:
+    """sqrt(||x_i - w_i||^2 + softness^2), rows (B, d) -> (B,); the gradient at x_i = w_i is 0, not nan."""
+    return ((x - w).square().sum(1) + max(softness, torch.finfo(x.dtype).eps) ** 2).sqrt()
+
+
+def class_mean(losses: Tensor, y: Tensor, K: int) -> Tensor:
+    """(1/|C_B|) sum_{c in C_B} (1/|B_c|) sum_{i in B_c} l_i: mean class by class; losses (B,), y (B,)."""
+    n = torch.bincount(y, minlength=K)  # (K,): |B_c|, 0 for a class that the batch lacks
+    return (losses / n[y]).sum() / (n > 0).sum()
+
+
+def hug_loss(
+    h: Tensor, W: Tensor, y: Tensor, uniformity: str = "mhe", alpha: float = 1.0, beta: float = 1.0
+) -> Tensor:
+    """The hyperspherical uniformity gap, negated. h (B, d), W (K, d), of any length, y (B,) -> scalar.
+
+    uniformity `mhe` is the official loss; `mhs` and `mgd` are reconstructed after it.
+    """
+    x = F.normalize(h, dim=1)
+    w = F.normalize(W, dim=1)
+    # U(w_1..w_K)
+    if uniformity == "mhe":
+        between = pair_energy(w)
+    elif uniformity == "mhs":
+        between = -separation(w)
+    else:
+        between = -gram_logdet(w).to(W.device, W.dtype) / len(W)
+    # ||x_i - stopgrad(w_{y_i})||, averaged class by class
+    within = class_mean(distance_to_proxy(x, w.detach()[y]), y, len(W))
+    return alpha * between + beta * within
+
+
+def hug_sum_loss(h: Tensor, W: Tensor, y: Tensor, uniformity: str, alpha: float, beta: float) -> Tensor:
+    """--reduction sum: sums over ordered pairs and over the batch, nothing detached. h, W of unit length."""
+    if uniformity == "mhe":
+        between = 2 * pair_distances(W).pow(-1).sum()
+    elif uniformity == "mhs":
+        between = -separation(W)
+    else:
+        between = -gram_logdet(W).to(W.device, W.dtype)
+    r = distance_to_proxy(h, W[y])  # (B,)
+    if uniformity == "mhs":  # the farthest feature of each class
+        r = r.new_zeros(len(W)).scatter_reduce(0, y, r, "amax")
+    return alpha * between + beta * r.sum()
+
+
+def dot_regression_loss(h: Tensor, W: Tensor, y: Tensor) -> Tensor:
+    """Pull each feature to its own fixed proxy (Yang et al. 2022). Unit h (B, d), W (K, d) -> scalar >= 0."""
+    # L = 1/2 mean (w_y . h - 1)^2 = 1/8 mean ||h - w_y||^4: its pull fades near w_y, unlike that of HUG
+    return 0.5 * ((h * W[y]).sum(1) - 1).square().mean()
+
+
+# %% Imports of the other cells
+import argparse
+import functools
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+from scipy.optimize import minimize_scalar
+from scipy.special import gammaln
+from torch import nn
+
+from common import (
+    COLOURS,
+    Arguments,
+    Batches,
+    Claims,
+    Dataset,
+    Run,
+    UserError,
+    accuracy_per_class,
+    at_least,
+    collapse_metrics,
+    command_line,
+    curves,
+    expected_calibration_error,
+    finished_runs,
+    keep_per_class,
+    mean_pairwise_cosine,
+    mean_std,
+    metric_device,
+    minimise,
+    open_run,
+    positive,
+    prepare_data,
+    riesz_energy,
+    save_figure,
+    shot_groups,
+    split_name,
+    styles,
+    table,
+)
+
+# %% [2] Theory check: point sets on the sphere and the layer-peeled model
+SHARPER = [16.0**n for n in range(1, 6)]  # s of soft_separation: within 1e-6 of the minimum at the end
 
 
 def soft_separation(W: Tensor, s: float) -> Tensor:
@@ -139,105 +201,21 @@ def soft_separation(W: Tensor, s: float) -> Tensor:
     return -(-s / 2 * pair_distances(W).log()).logsumexp(0) / s
 
 
-def gram_logdet(W: Tensor, epsilon: float = 1.0, jitter: float = 1e-6) -> Tensor:
-    """log det (G + jitter I), G_kl = exp(-epsilon ||w_k - w_l||^2): largest where the rows are most uniform.
-
-    In float64: 100 points on a circle give eigenvalues down to 1e-64, and only the jitter keeps them apart
-    from 0. (jitter as in the first author's code.)
-    """
-    W = W.to(metric_device(W.device)).double()
-    G = (-epsilon * (2 - 2 * W @ W.T).clamp_min(0)).exp()  # (K, K)
-    return (G + jitter * torch.eye(len(W), dtype=G.dtype, device=G.device)).logdet()
-
-
-def distances(x: Tensor, w: Tensor, softness: float = 0.0) -> Tensor:
-    """sqrt(||x_i - w_i||^2 + softness^2), rows (B, d) -> (B,); the gradient at x_i = w_i is 0, not nan."""
-    return ((x - w).square().sum(1) + max(softness, torch.finfo(x.dtype).eps) ** 2).sqrt()
-
-
-def hug_loss(
-    x: Tensor,
-    y: Tensor,
-    W: Tensor,
-    uniformity: str,
-    alpha: float,
-    beta: float,
-    *,
-    reduction: str = "sum",
-    intra: str = "max",
-    epsilon: float = 1.0,
-    softness: float = 0.0,
-) -> Tensor:
-    """The hyperspherical uniformity gap, negated: x (B, d), y (B,), W (K, d), unit rows -> scalar.
-
-    reduction `mean` divides the pair sum of MHE by K (K-1), the log-determinant by K, and the sum within
-    classes by its number of terms. intra: only for mhs, `max` counts the farthest feature of each class.
-    """
-    K, mean = len(W), reduction == "mean"
-    # U_inter: -sum_{k != l} r_kl^-2,  min r_kl,  or log det G
-    if uniformity == "mhe":
-        inter = -riesz_energy(W, 2) / (K * (K - 1) if mean else 1)
-    elif uniformity == "mhs":
-        inter = separation(W)
-    else:
-        inter = gram_logdet(W, epsilon).to(W.device, W.dtype) / (K if mean else 1)
-    # U_intra: sum_i r_i, which is the Riesz energy -E_{-1} with proxies in place of pairs, or sum_k max_i r_i
-    r = distances(x, W[y], softness)  # (B,)
-    terms = len(x)
-    if uniformity == "mhs" and intra == "max":
-        r = r.new_zeros(K).scatter_reduce(0, y, r, "amax")  # (K,), 0 for a class that the batch lacks
-        terms = (r > 0).sum()
-    return -alpha * inter + beta * r.sum() / (terms if mean else 1)
-
-
-def dot_regression_loss(x: Tensor, y: Tensor, W: Tensor) -> Tensor:
-    """Pull each feature to its own fixed proxy (Yang et al. 2022). Unit x (B, d), W (K, d) -> scalar >= 0."""
-    # L = 1/2 mean (w_y . x - 1)^2 = 1/8 mean ||x - w_y||^4: its pull fades near w_y, unlike that of HUG
-    return 0.5 * ((x * W[y]).sum(1) - 1).square().mean()
-
-
-# %% [2] Theory check: point sets on the sphere and the layer-peeled model
-
-
-# [copied: minimise]
-def minimise(loss, *start: Tensor, steps: int = 200) -> list[Tensor]:
-    """Full-batch L-BFGS with a strong Wolfe line search. `start` tensors in, their optimal values out."""
-    x = [s.clone().requires_grad_() for s in start]
-    # stop on the gradient alone: near a threshold the loss is flat long before the cosine is right
-    limits = {"max_iter": steps, "history_size": 20, "tolerance_grad": 1e-9, "tolerance_change": 0}
-    optimizer = torch.optim.LBFGS(x, line_search_fn="strong_wolfe", **limits)
-
-    def closure():
-        optimizer.zero_grad()
-        value = loss(*x)
-        value.backward()
-        return value
-
-    optimizer.step(closure)
-    return [v.detach() for v in x]
-
-
-# [end copied]
-
-
-unit = functools.partial(F.normalize, dim=1)
-SHARPER = [16.0**n for n in range(1, 6)]  # s of soft_separation: within 1e-6 of the minimum at the end
-
-
-def spread(K: int, d: int, uniformity: str, generator: torch.Generator, epsilon: float = 1.0) -> Tensor:
+def optimise_proxies(K: int, d: int, uniformity: str, generator: torch.Generator) -> Tensor:
     """K proxies optimised for uniformity alone, from a random start: (K, d) float64, unit rows.
 
     Every start ends in the simplex (K <= d + 1) or the polygon (d = 2); elsewhere in one of many arrangements
     whose energies hardly differ.
     """
+    steps = 500 if K <= 200 else 60  # a thousand proxies in less than a minute
     W = torch.randn(K, d, generator=generator, dtype=torch.float64)
-    (W,) = minimise(lambda W: riesz_energy(unit(W), 2) / K, W, steps=500)
+    (W,) = minimise(lambda W: (K - 1) * pair_energy(F.normalize(W)), W, steps=steps)
     if uniformity == "mgd":
-        (W,) = minimise(lambda W: -gram_logdet(unit(W), epsilon), unit(W), steps=500)
+        (W,) = minimise(lambda W: -gram_logdet(F.normalize(W)), F.normalize(W), steps=steps)
     if uniformity == "mhs":
         for s in SHARPER:
-            (W,) = minimise(lambda W, s=s: -soft_separation(unit(W), s), unit(W))
-    return unit(W)
+            (W,) = minimise(lambda W, s=s: -soft_separation(F.normalize(W), s), F.normalize(W))
+    return F.normalize(W)
 
 
 def known_distances(K: int, d: int) -> np.ndarray | None:
@@ -255,89 +233,76 @@ def known_distances(K: int, d: int) -> np.ndarray | None:
     return None
 
 
-def least_energy(K: int, d: int, s: float) -> float:
-    """min E_s over ordered pairs, in closed form. Raises ValueError where none is known."""
+def least_energy(K: int, d: int, s: float = 2.0) -> float:
+    """The least mean of r^-s over pairs, s > 0, in closed form. Raises ValueError where none is known."""
     r = known_distances(K, d)
     if r is None:
         raise ValueError(f"no closed form for {K} points in {d} dimensions")
-    return float(K * (-np.log(r) if s == 0 else math.copysign(1, s) * r**-s).sum())
+    return float((r**-s).mean())
 
 
-def largest_logdet(K: int, d: int, epsilon: float = 1.0, jitter: float = 1e-6) -> float:
-    """max log det (G + jitter I) of simplex, cross-polytope (derived here) and polygon (not proven)."""
+def largest_logdet(K: int, d: int, jitter: float = 1e-6) -> float:
+    """max log det (G + jitter I) of simplex and polygon (the latter not proven)."""
     if K <= d + 1:  # eigenvalues 1 - a (K - 1 times) and 1 + (K - 1) a
-        a = math.exp(-2 * epsilon * K / (K - 1))
+        a = math.exp(-2 * K / (K - 1))
         return (K - 1) * math.log(1 + jitter - a) + math.log(1 + jitter + (K - 1) * a)
-    if d == 2:  # a circulant matrix: its eigenvalues are the Fourier transform of a row
-        row = np.exp(-epsilon * np.r_[0, known_distances(K, d)] ** 2)
-        return float(np.log(np.fft.fft(row).real + jitter).sum())
-    if K == 2 * d:  # pairs w, -w: differences 1 - b, sums 1 + b - 2 a, and one 1 + b + (2d - 2) a
-        a, b = math.exp(-2 * epsilon), math.exp(-4 * epsilon)
-        sums = (d - 1) * math.log(1 + jitter + b - 2 * a) + math.log(1 + jitter + b + (2 * d - 2) * a)
-        return d * math.log(1 + jitter - b) + sums
-    raise ValueError(f"no closed form for {K} points in {d} dimensions")
+    # d = 2: a circulant matrix, whose eigenvalues are the Fourier transform of a row
+    row = np.exp(-(np.r_[0, known_distances(K, d)] ** 2))
+    return float(np.log(np.fft.fft(row).real + jitter).sum())
 
 
 def uniform_energy(d: int, s: float) -> float:
-    """Mean of K_s(||u - v||) over the uniform law on the sphere of R^d, s < d - 1: the limit of K -> inf."""
-    if s == 0:
-        return float(-math.log(2) - (digamma((d - 1) / 2) - digamma(d - 1)) / 2)
+    """Mean of r^-s over the uniform law on the sphere of R^d, s < d - 1: the limit of K -> inf."""
     log = (d - s - 2) * math.log(2) + gammaln(d / 2) + gammaln((d - 1 - s) / 2) - gammaln(d - 1 - s / 2)
-    return math.copysign(1, s) * math.exp(log) / math.sqrt(math.pi)
+    return math.exp(log) / math.sqrt(math.pi)
 
 
 @functools.cache
 def reference_energy(K: int, d: int) -> float:
-    """The least mean energy of MHE that we know, E_2 / (K (K-1)): closed form, or what `spread` finds."""
+    """The least mean energy of MHE that we know: closed form, or what optimise_proxies finds."""
     if known_distances(K, d) is not None:
-        energy = least_energy(K, d, 2)
-    else:
-        energy = riesz_energy(spread(K, d, "mhe", torch.Generator().manual_seed(0)), 2).item()
-    return energy / (K * (K - 1))
+        return least_energy(K, d)
+    return pair_energy(optimise_proxies(K, d, "mhe", torch.Generator().manual_seed(0))).item()
 
 
-def layer_peeled_hug(
-    counts, d: int, uniformity: str, alpha: float, beta: float, seed: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Proxies W (K, d), features X (N, d), labels (N,) that minimise HUG with n_k free features a class.
+def layer_peeled_hug(n: list[int], d: int, alpha: float, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Proxies W (K, d), features X (N, d), labels (N,) that minimise HUG (MHE) with n_k free features each.
 
     Two changes leave the minimum where it is. Features are written as x = w + scale u, so that they move with
-    their proxy: n features that sit on a proxy otherwise drag on it, and it moves n + 1 times slower. And the
-    kink of ||x - w|| at 0 is softened, since L-BFGS wants a smooth loss.
+    their proxy; and the kink of ||x - w|| at 0 is softened, since L-BFGS wants a smooth loss.
     """
-    generator = torch.Generator().manual_seed(seed)
-    y = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-    W, X = (unit(torch.randn(n, d, generator=generator, dtype=torch.float64)) for n in (len(counts), len(y)))
+    generator = torch.Generator().manual_seed(0)
+    K = len(n)
+    y = torch.arange(K).repeat_interleave(torch.tensor(n))
+    W = F.normalize(torch.randn(K, d, generator=generator, dtype=torch.float64))
+    X = F.normalize(torch.randn(len(y), d, generator=generator, dtype=torch.float64))
     softness = 0.3
     scale = math.sqrt(softness * alpha / beta)  # u and w then feel curvatures of the same order
 
     def feature(W, U):
-        return unit(unit(W)[y] + scale * U)
-
-    def loss(W, U, s):
-        if uniformity != "mhs":
-            hug = hug_loss(feature(W, U), y, unit(W), uniformity, alpha, beta, softness=softness)
-            return hug / alpha
-        return within(U, W) - soft_separation(unit(W), s)  # min r is not smooth either
+        return F.normalize(F.normalize(W)[y] + scale * U)
 
     def within(U, W):
-        return beta / alpha * distances(feature(W, U), unit(W)[y], softness).sum()
+        return beta / alpha * class_mean(distance_to_proxy(feature(W, U), F.normalize(W)[y], softness), y, K)
 
-    for s in SHARPER if uniformity == "mhs" else [None] * 3:
-        W, U = minimise(functools.partial(loss, s=s), W, (X - W[y]) / scale, steps=300)
-        W, X = unit(W), feature(W, U)  # back to unit length: it conditions the next round
-    # features alone, once more: beside a pair energy of 80 their last digits are lost in rounding
-    (U,) = minimise(functools.partial(within, W=W), (X - W[y]) / scale)
+    for _ in range(3):  # back to unit length in between: it conditions the next round
+        start = (X - W[y]) / scale
+        W, U = minimise(lambda W, U: pair_energy(F.normalize(W)) + within(U, W), W, start, steps=300)
+        W = F.normalize(W)
+        X = feature(W, U)
+    # features alone, once more: beside the pair energy their last digits are lost in rounding
+    (U,) = minimise(lambda U: K * len(y) * within(U, W), (X - W[y]) / scale)
     return W, feature(W, U), y
 
 
-def layer_peeled_ce(counts, d: int, E_W: float, E_H: float, seed: int = 0) -> Tensor:
+def layer_peeled_ce(n: list[int], d: int, E_W: float, E_H: float) -> Tensor:
     """Class vectors (K, d) of cross-entropy without bias, (1/K) sum ||w_k||^2 = E_W and mean ||h_k||^2 = E_H.
 
-    One feature h_k for each class suffices: the loss is convex in h, so equal labels get equal features.
+    One feature h_k per class suffices: the loss is convex in h, so equal labels get equal features.
     """
-    K, generator = len(counts), torch.Generator().manual_seed(seed)
-    share = torch.tensor(counts, dtype=torch.float64) / sum(counts)
+    K = len(n)
+    generator = torch.Generator().manual_seed(0)
+    share = torch.tensor(n, dtype=torch.float64) / sum(n)
     V, G = (torch.randn(K, d, generator=generator, dtype=torch.float64) for _ in range(2))
 
     def budget(V, E):
@@ -350,104 +315,52 @@ def layer_peeled_ce(counts, d: int, E_W: float, E_H: float, seed: int = 0) -> Te
     return budget(minimise(loss, V, G, steps=1000)[0], E_W)
 
 
-def synthetic(folder) -> bool:
-    """Check each claim against direct optimisation; print the table, draw synthetic.png."""
-    passed, names = [], {"mhe": "MHE", "mhs": "MHS", "mgd": "MGD"}
+def check_theory(folder: Path) -> dict:
+    """Print the chapter's claims, each against direct optimisation; draw synthetic.png."""
+    claims = Claims()
     generator = torch.Generator().manual_seed(0)
-    print(f"{'claim':<66}{'theory':>11}{'measured':>12}{'error':>9}{'tolerance':>10}  ok")
 
-    def check(claim, theory, measured, tolerance, at_most=False):
-        error = max(measured - theory, 0) if at_most else abs(measured - theory)
-        passed.append(bool(error <= tolerance))
-        print(f"{claim:<66}{theory:>11.6f}{measured:>12.6f}{error:>9.1e}{tolerance:>10.1e}", end="  ")
-        print("yes" if passed[-1] else "NO")
+    # Where K points are most uniform, they are these
+    for K, d, shape in ((10, 9, "a simplex"), (10, 5, "a cross-polytope"), (10, 2, "a polygon")):
+        W = optimise_proxies(K, d, "mhe", generator)
+        claim = f"MHE, {K} proxies in {d} dimensions are {shape}: mean r^-2"
+        claims.equal(claim, least_energy(K, d), pair_energy(W).item(), 1e-6)
+    W = optimise_proxies(7, 5, "mhs", generator)
+    claims.equal("MHS, 7 in 5: the largest separation is stuck at sqrt 2", 2**0.5, separation(W).item(), 1e-6)
+    W = optimise_proxies(10, 2, "mgd", generator)
+    claims.equal("MGD, 10 in 2: log det of a polygon", largest_logdet(10, 2), gram_logdet(W).item(), 1e-6)
+    # Many points: the gap to the uniform law falls like K^(s/(d-1) - 1)
+    small, large = (riesz_energy(optimise_proxies(K, 4, "mhe", generator), 2) for K in (64, 256))
+    rate = 4 ** (2 / 3 - 1)
+    limit = (large - rate * small) / (1 - rate)
+    claim = "Many proxies in 4 dimensions: mean r^-2 of the uniform law"
+    claims.equal(claim, uniform_energy(4, 2), limit, 0.025)
 
-    def optimise(K, d, s):  # least mean energy of K points, from a random start
-        W = torch.randn(K, d, generator=generator, dtype=torch.float64)
-        (W,) = minimise(lambda W: riesz_energy(unit(W), s) / K, W, steps=500)
-        return riesz_energy(unit(W), s).item() / (K * (K - 1))
+    # HUG in the layer-peeled model, 100 images to 1: the class counts do not matter
+    few = torch.arange(5, 10)
+    for alpha in (1.0, 10.0):
+        W, X, y = layer_peeled_hug([100] * 5 + [1] * 5, 5, alpha, 1.0)
+        claim = f"HUG, 100 images to 1, alpha / beta = {alpha:g}: mean r^-2 is the least"
+        claims.equal(claim, least_energy(10, 5), pair_energy(W).item(), 1e-6)
+        farthest = (X - W[y]).norm(dim=1).max().item()
+        claims.equal("   and every feature is on its proxy: largest distance", 0, farthest, 1e-5)
 
-    def inter(W, uniformity):  # what is maximised, and its best value in closed form
-        K, d = W.shape
-        if uniformity == "mhe":
-            return -least_energy(K, d, 2), -riesz_energy(W, 2).item()
-        if uniformity == "mhs":
-            return known_distances(K, d).min(), separation(W).item()
-        return largest_logdet(K, d), gram_logdet(W).item()
-
-    # 1. Point sets: K optimised points reach the closed forms, for every energy
-    shapes = {"simplex": (10, 9), "simplex, d > K": (10, 16), "two points": (2, 3)}
-    shapes |= {"cross-polytope": (10, 5), "octahedron": (6, 3), "polygon": (10, 2), "square": (4, 2)}
-    for shape, (K, d) in shapes.items():
-        print(f"{shape}: K = {K}, d = {d}")
-        for s in (-1, 0, 1, 2):
-            check(f"   mean energy, s = {s}", least_energy(K, d, s) / (K * (K - 1)), optimise(K, d, s), 1e-6)
-        for uniformity in ("mhs", "mgd"):
-            theory, measured = inter(spread(K, d, uniformity, generator), uniformity)
-            check(f"   {names[uniformity]}", theory, measured, 1e-6)
-    # From K = d + 2 to 2d points the largest separation is stuck at sqrt 2 (Rankin 1955)
-    for K, d in ((7, 5), (10, 8)):
-        W = spread(K, d, "mhs", generator)
-        check(f"K = {K}, d = {d}: largest separation, sqrt 2", math.sqrt(2), separation(W).item(), 1e-6)
-
-    # 2. Many points: the mean energy rises to the uniform law's, the gap falls like K^(s/(d-1) - 1)
-    for d, s in ((3, 1), (3, -1), (4, 2)):
-        limit, small, large = uniform_energy(d, s), optimise(64, d, s), optimise(256, d, s)
-        rate = 4 ** (s / (d - 1) - 1)
-        print(f"many points: d = {d}, s = {s}")
-        check("   mean energy of 256, at most the uniform law's", limit, large, 1e-12, at_most=True)
-        check("   mean energy of 64, at most that of 256", large, small, 1e-12, at_most=True)
-        check("   extrapolated from both to K = infinity", limit, (large - rate * small) / (1 - rate), 0.025)
-
-    # 3. Layer-peeled HUG: features fall onto proxies, proxies to the optimum of their own, whatever else
-    balanced, tail = [11] * 10, [100] * 5 + [1] * 5
-    settings = ((balanced, 0.15, 0.015), (tail, 0.15, 0.015), (tail, 1.5, 0.015))
-    for d, shape in ((9, "simplex"), (5, "cross-polytope: K = 2d"), (2, "polygon: K = 10 on a circle")):
-        for uniformity, name in names.items():
-            print(f"layer-peeled HUG, d = {d}, {shape}, {name}")
-            for counts, alpha, beta in settings:
-                W, X, y = layer_peeled_hug(counts, d, uniformity, alpha, beta)
-                theory, measured = inter(W, uniformity)
-                title = f"   n = {counts[0]}:{counts[-1]}, alpha {alpha}, beta {beta}: "
-                check(title + "U_inter", theory, measured, 1e-6)
-                farthest = (X - W[y]).norm(dim=1).max().item()
-                check(f"{'':<{len(title)}}max ||x - w||", 0, farthest, 1e-6)
-            # and the rest of GNC, at n = 100:1: equal angles to the nearest neighbours, all rules agree
-            largest = {9: -1 / 9, 5: 0.0, 2: math.cos(math.pi / 5)}[d]
-            found = cosines(W)[~torch.eye(10, dtype=torch.bool)].max().item()
-            check("   largest cosine of two proxies", largest, found, 1e-6)
-            M = unit(torch.zeros_like(W).index_add_(0, y, X))  # class means
-            agree = ((X @ W.T).argmax(1) == y) & ((X @ M.T).argmax(1) == y)
-            check("   nearest proxy, nearest mean and label agree", 1, agree.double().mean().item(), 0)
-
-    # 4. Cross-entropy in the same model couples the two aims: its minority collapses
-    minority, etf = torch.arange(5, 10), -1 / 9
-    check("cross-entropy, n = 1:1, cosine of rare classes", etf, ce_minority(1), 1e-6)
-    check("cross-entropy, n = 100:1", 1, ce_minority(100), 1e-6)
-    W = layer_peeled_hug(tail, 9, "mhe", 0.15, 0.015)[0]
-    check("HUG, n = 100:1", etf, mean_pairwise_cosine(W, minority), 1e-6)
-
-    # One picture: what a long tail does to the rare classes
+    # Cross-entropy couples the two aims: its minority collapses
     ratios = [1, 2, 3, 4, 5, 6, 8, 10, 20, 50, 100]
-    proxies = [layer_peeled_hug([r] * 5 + [1] * 5, 9, "mhe", 0.15, 0.015)[0] for r in ratios]
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    plot = figure.subplots()
-    plot.plot(ratios, [ce_minority(r) for r in ratios], "o-", color="black", label="cross-entropy")
-    cosine = [mean_pairwise_cosine(W, minority) for W in proxies]
-    plot.plot(ratios, cosine, "s-", color="0.5", label="HUG (MHE)")
-    plot.axhline(etf, ls=":", color="0.5", label="simplex: -1/9")
-    plot.set(xscale="log", xlabel="images of a frequent class / of a rare class")
-    plot.set(ylabel="mean cosine of the rare classes' vectors", title="Layer-peeled model, 5 + 5 classes")
-    plot.legend()
-    write_atomically(Path(folder) / "synthetic.png", lambda part: figure.savefig(part, dpi=110))
-    print(f"{sum(passed)} of {len(passed)} claims hold; figure: {Path(folder) / 'synthetic.png'}")
-    return all(passed)
 
+    def cosine(r: int) -> float:
+        return mean_pairwise_cosine(layer_peeled_ce([r] * 5 + [1] * 5, 9, 1, 5), few)
 
-def ce_minority(ratio: int) -> float:
-    """Mean cosine of the rare classes' vectors: 5 classes with `ratio` images, 5 with one."""
-    W = layer_peeled_ce([ratio] * 5 + [1] * 5, 10, E_W=2, E_H=2)
-    return mean_pairwise_cosine(W, torch.arange(5, 10))
+    claims.equal("Cross-entropy, 100 to 1: all rare classes share one vector, cosine", 1, cosine(100), 1e-6)
+
+    names = ["cross-entropy", "HUG (MHE)"]
+    points = {names[0]: (ratios, [cosine(r) for r in ratios])}
+    proxies = [layer_peeled_hug([r] * 5 + [1] * 5, 9, 1.0, 1.0)[0] for r in ratios]
+    points[names[1]] = ratios, [mean_pairwise_cosine(W, few) for W in proxies]
+    axes = {"xlabel": "images of a frequent class / of a rare class", "xscale": "log"}
+    axes["ylabel"] = "mean cosine of the rare classes' vectors"
+    curves(folder / "synthetic.png", points, styles(names), **axes)
+    return claims.report(folder / "synthetic.png")
 
 
 # %% [3] Network
@@ -459,7 +372,9 @@ def resnet18(channels: int) -> nn.Module:
 
     The ImageNet stem (7x7, stride 2, max-pool) would leave a 32x32 image as 1x1 before the last stage.
     """
-    network = torchvision.models.resnet18(weights=None)
+    from torchvision import models  # here, since importing it takes seconds
+
+    network = models.resnet18(weights=None)
     network.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
     network.maxpool = network.fc = nn.Identity()
     network.d = 512
@@ -519,24 +434,31 @@ class ResNet32(nn.Module):
 # [end copied]
 
 
-class CNN(nn.Module):
-    """Three 3x3 convolutions for small images and machines: (B, C, H, W) -> (B, 128); 0.09 M weights."""
+# [copied: smallcnn]
+class SmallCNN(nn.Module):
+    """Three 3x3 convolutions with BatchNorm, ReLU and max-pool: (B, C, H, W) -> h (B, 128 * width), h >= 0.
 
-    def __init__(self, channels: int):
+    Ours, for a laptop: 0.09 M parameters at width 1, seven times the images per second of ResNet-32.
+    """
+
+    def __init__(self, channels: int = 3, width: int = 1):
         super().__init__()
-        self.d = 128
-        layers, now = [], channels
-        for width, pool in ((32, True), (64, True), (128, False)):
-            layers += [nn.Conv2d(now, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-            layers += [nn.MaxPool2d(2, ceil_mode=True)] if pool else []
-            now = width
+        self.d = 128 * width
+        layers = []
+        for c in (32 * width, 64 * width, 128 * width):
+            conv = nn.Conv2d(channels, c, 3, padding=1, bias=False)
+            layers += [conv, nn.BatchNorm2d(c), nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True)]
+            channels = c
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x).mean((2, 3))  # global average pool
 
 
-NETWORKS = {"resnet18": resnet18, "resnet32": ResNet32, "cnn": CNN}
+# [end copied]
+
+
+NETWORKS = {"resnet18": resnet18, "resnet32": ResNet32, "cnn": SmallCNN}
 
 
 class Head(nn.Module):
@@ -551,16 +473,18 @@ class Head(nn.Module):
 
     def __init__(self, d_in: int, d: int, K: int, kind: str, scale: float):
         super().__init__()
-        self.kind, self.scale = kind, scale if kind == "cosine" else 1.0
+        self.kind = kind
+        self.scale = scale if kind == "cosine" else 1.0
         self.fc = nn.Linear(d_in, d, bias=False)
         self.bn = nn.BatchNorm1d(d)
-        W = torch.empty(K, d).uniform_(-1, 1) / math.sqrt(d)  # nn.Linear's default start
-        self.W = nn.Parameter(F.normalize(torch.randn(K, d), dim=1) if kind == "proxy" else W)
+        self.W = nn.Parameter(torch.empty(K, d).uniform_(-1, 1) / math.sqrt(d))  # nn.Linear's, HUG's start
 
     def forward(self, f: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        h, W = self.bn(self.fc(f.float())), self.W
+        h = self.bn(self.fc(f.float()))
+        W = self.W
         if self.kind != "linear":
-            h, W = F.normalize(h, dim=1), F.normalize(W, dim=1)
+            h = F.normalize(h, dim=1)
+            W = F.normalize(W, dim=1)
         return h, W, self.scale * h @ W.T
 
 
@@ -569,45 +493,67 @@ class Head(nn.Module):
 
 class Method(NamedTuple):
     head: str  # linear, cosine or proxy: Head
-    loss: str  # ce, mhe, mhs, mgd or dr
-    fixed: bool = False  # proxies that are optimised first and then stay
+    loss: str  # a key of LOSSES
+    about: str
 
 
 METHODS = {
-    "ce": Method("linear", "ce"),
-    "ce+norm": Method("cosine", "ce"),
-    "hug-mhe": Method("proxy", "mhe"),
-    "hug-mhs": Method("proxy", "mhs"),
-    "hug-mgd": Method("proxy", "mgd"),
-    "hug-fixed": Method("proxy", "dr", fixed=True),
+    "ce": Method("linear", "ce", "cross-entropy"),
+    "ce+norm": Method("cosine", "ce", "cross-entropy of scaled cosines"),
+    "hug-mhe": Method("proxy", "mhe", "HUG by least hyperspherical energy (official)"),
+    "hug-mhs": Method("proxy", "mhs", "HUG by largest separation (reconstructed)"),
+    "hug-mgd": Method("proxy", "mgd", "HUG by largest Gram determinant (reconstructed)"),
+    "hug-fixed": Method("proxy", "dr", "proxies optimised beforehand, dot-regression (ours)"),
 }
-REPORTED = {"mhe": (0.15, 0.015), "mhs": (0.15, 0.015), "mgd": (0.15, 0.03)}  # alpha, beta
-# The source's schedules are not known: epochs, batch size, network, feature dimension (None: the network's).
-RECIPES = {"digits": (25, 32, "cnn", 2), "mnist": (20, 128, "cnn", 2), "fashionmnist": (30, 128, "cnn", None)}
-USUAL = (200, 128, "resnet18", None)
 
 
-def pick_method(args: argparse.Namespace, name: str) -> Method:
-    """The method, with --proxies fixed applied to those that have proxies."""
-    method = METHODS[name]
-    return method._replace(fixed=method.fixed or (method.head == "proxy" and args.proxies == "fixed"))
+def weighted_ce(z: Tensor, y: Tensor, args: argparse.Namespace) -> Tensor:
+    """Cross-entropy; --reweight on: its mean class by class, the weights that HUG's second term has."""
+    if args.reweight == "off":
+        return F.cross_entropy(z, y)
+    return class_mean(F.cross_entropy(z, y, reduction="none"), y, z.shape[1])
+
+
+def gap(uniformity: str):
+    """The HUG loss of a table entry: the official form, or sums."""
+
+    def loss(h: Tensor, W: Tensor, z: Tensor, y: Tensor, args: argparse.Namespace) -> Tensor:
+        form = hug_sum_loss if args.reduction == "sum" else hug_loss
+        return form(h, W, y, uniformity, *weights(args, uniformity))
+
+    return loss
+
+
+# features h (B, d) and class vectors W (K, d) as the head gives them, logits z (B, K), labels y (B,)
+LOSSES = {
+    "ce": lambda h, W, z, y, args: weighted_ce(z, y, args),
+    "mhe": gap("mhe"),
+    "mhs": gap("mhs"),
+    "mgd": gap("mgd"),
+    "dr": lambda h, W, z, y, args: dot_regression_loss(h, W, y),
+}
+# The source's schedules are not known: epochs, batch size, network, feature dimension (0: the network's).
+RECIPES = {
+    "": {"epochs": 200, "batch_size": 128, "net": "resnet18", "dim": 0, "lr": 0.1, "weight_decay": 5e-4},
+    "digits": {"epochs": 100, "batch_size": 64, "net": "cnn", "dim": 2},
+    "mnist": {"epochs": 20, "net": "cnn", "dim": 2},
+    "fashionmnist": {"epochs": 30, "net": "cnn"},
+}
+
+
+def weights(args: argparse.Namespace, uniformity: str) -> tuple[float, float]:
+    """alpha and beta: 1 and 1 (official), with sums the paper's, unless --inter and --intra say otherwise."""
+    alpha, beta = 1.0, 1.0
+    if args.reduction == "sum":
+        alpha, beta = 0.15, 0.03 if uniformity == "mgd" else 0.015
+    return args.inter or alpha, args.intra or beta
 
 
 def build_model(args: argparse.Namespace, method: Method, data: Dataset) -> nn.ModuleDict:
-    """Network and head; W learns unless the method fixes it."""
+    """Network and head."""
     network = NETWORKS[args.net](data.train_x.shape[3])
     head = Head(network.d, args.dim or network.d, len(data.classes), method.head, args.scale)
-    head.W.requires_grad_(not method.fixed)
     return nn.ModuleDict({"network": network, "head": head})
-
-
-def per_class_subset(data: Dataset, n: int, seed: int) -> Dataset:
-    """At most n training images of each class, drawn by a generator of their own."""
-    order = torch.randperm(len(data.train_y), generator=torch.Generator().manual_seed(seed))
-    order = order[torch.argsort(data.train_y[order], stable=True)]  # class after class, shuffled within
-    start = torch.repeat_interleave(data.counts.cumsum(0) - data.counts, data.counts)
-    keep = order[torch.arange(len(order)) - start < n]
-    return data._replace(train_x=data.train_x[keep], train_y=data.train_y[keep])
 
 
 def learning_rate(epoch: int, args: argparse.Namespace) -> float:
@@ -618,175 +564,104 @@ def learning_rate(epoch: int, args: argparse.Namespace) -> float:
     return args.lr * (1 + math.cos(math.pi * (epoch - warmup) / (args.epochs - warmup))) / 2
 
 
-def limit_gradient(W: Tensor) -> None:
-    """Cut each row of W's gradient to length 1 at most: r^-2 has no bound, and SGD needs one."""
-    W.grad.mul_((1 / W.grad.norm(dim=1, keepdim=True).clamp_min(1e-12)).clamp_max(1))
+def start_proxies(head: Head, method: Method, args: argparse.Namespace, seed: int) -> None:
+    """hug-fixed: optimised proxies that stay. --reduction sum: random unit proxies."""
+    if method.loss == "dr":
+        generator = torch.Generator().manual_seed(seed)
+        head.W.data.copy_(optimise_proxies(*head.W.shape, "mhe", generator))
+        head.W.requires_grad_(False)
+    elif method.head == "proxy" and args.reduction == "sum":
+        head.W.data.copy_(F.normalize(torch.randn(head.W.shape), dim=1))
 
 
-def train(args, name: str, seed: int, data: Dataset, run: Run, device: torch.device) -> dict:
-    """Train one method with one seed in its run folder, from its last checkpoint on; returns the result."""
-    method, K, N = pick_method(args, name), len(data.classes), len(data.train_y)
-    alpha, beta = coefficients(args, method.loss)
-    generator = torch.Generator().manual_seed(seed)  # order and augmentation; on the CPU
-    torch.manual_seed(seed)  # initialisation
-    model = build_model(args, method, data).to(device, memory_format=torch.channels_last)
-    network = torch.compile(model["network"]) if args.compile else model["network"]
-    head = model["head"]
-    # No decay on proxies: they live on the sphere. Class vectors of ce and ce+norm decay as usual.
-    moving = method.head == "proxy" and not method.fixed
-    decayed = [p for n, p in model.named_parameters() if method.head != "proxy" or n != "head.W"]
-    groups = [{"params": decayed, "weight_decay": args.weight_decay}]
-    if moving:
-        groups.append({"params": [head.W], "weight_decay": 0.0})
-    optimizer = torch.optim.SGD(groups, args.lr, momentum=0.9)
-    batches = Batches(data.train_x, data.mean, data.std, pad=data.pad, flip=data.flip, device=device)
-    test = Batches(data.test_x, data.mean, data.std, device=device)
-    measure = metric_device(device)
-    train_y, test_y = data.train_y.to(device), data.test_y.to(measure)
-    start, best, seconds = 0, 0.0, 0.0
+def train(args: argparse.Namespace, name: str, seed: int, data: Dataset, run: Run) -> dict:
+    """Train one method with one seed, from its last checkpoint on. Returns what was measured at the end."""
+    method = METHODS[name]
+    N = len(data.train_y)
+    torch.manual_seed(seed)  # initial weights
+    generator = torch.Generator().manual_seed(seed)  # order, crops and flips
+    model = build_model(args, method, data)
+    start_proxies(model["head"], method, args, seed)
+    model = model.to(run.device, memory_format=torch.channels_last)
+    network, head = run.prepare(model)  # speed only: --compile
+    on_sphere = method.head == "proxy" and method.loss != "dr" and args.reduction == "sum"
+    groups = [{"params": [p for p in model.parameters() if p is not head.W]}, {"params": [head.W]}]
+    if on_sphere:
+        groups[1]["weight_decay"] = 0.0
+    optimizer = torch.optim.SGD(
+        groups, args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=run.fused
+    )
+    loss_of = LOSSES[method.loss]
+    images = Batches(data.train_x, data.mean, data.std, pad=data.pad, flip=data.flip, device=run.device)
 
-    state = run.load_checkpoint(device)
-    if state is not None:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        generator.set_state(state["generator"].cpu())
-        start, best, seconds = state["epoch"], state["best"], state["seconds"]
-    elif method.fixed:
-        uniformity = args.uniformity if method.loss == "dr" else method.loss
-        proxies = torch.Generator().manual_seed(seed)
-        W = spread(K, head.W.shape[1], uniformity, proxies, args.mgd_epsilon)
-        head.W.data.copy_(W)
-
-    def step(x: Tensor, y: Tensor) -> Tensor:
-        """One batch: images x (B, C, H, W), labels y (B,) -> loss."""
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            f = network(x)
-        h, W, z = head(f)
-        if method.loss == "ce":
-            loss = F.cross_entropy(z, y)
-        elif method.loss == "dr":
-            loss = dot_regression_loss(h, y, W)
-        else:
-            options = dict(reduction=args.reduction, intra=args.intra, epsilon=args.mgd_epsilon)
-            loss = hug_loss(h, y, W, method.loss, alpha, beta, **options)
-        optimizer.zero_grad()
-        loss.backward()
-        if moving:
-            limit_gradient(head.W)
-        optimizer.step()
-        if moving:
-            head.W.data.copy_(unit(head.W.data))  # back onto the sphere
-        return loss.detach()
-
-    training_step = TrainingStep(step, optimizer, device, capture=not args.compile)
-
-    def checkpoint(epoch: int) -> None:
-        parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        numbers = {"epoch": epoch, "best": best, "seconds": seconds}
-        run.save_checkpoint({**parts, **numbers, "generator": generator.get_state()})
-
-    if state is None:
-        checkpoint(0)  # so that Ctrl-C in the first epoch leaves something to resume
-    parts = split_evenly(N, args.batch_size)[: 2 if args.dry_run else None]
-    ahead, title = range(start, args.epochs), f"{name} seed {seed}"
-    # disable=None: silent where there is no terminal
-    bar = tqdm(ahead, initial=start, total=args.epochs, desc=title, disable=None)
-    for epoch in bar:
-        began = time.perf_counter()
+    for epoch in run.epochs(args.epochs, model=model, optimizer=optimizer, generator=generator):
+        lr = learning_rate(epoch, args)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
         drawn = torch.randperm(N, generator=generator)
-        views, labels = batches.views(drawn, generator), train_y[drawn.to(device)]
-        training_step.set_learning_rate(learning_rate(epoch, args))
-        losses = torch.zeros(len(parts), device=device)  # read once an epoch: no step waits for the host
+        labels = data.train_y[drawn].to(run.device)
         model.train()
-        images = batches.sequence(views, parts)
-        for i, part in enumerate(parts):
-            losses[i] = training_step(next(images), labels[part])
-            if i == 0:
-                warm = time.perf_counter()
-        if not losses.isfinite().all():
-            bad = int((~losses.isfinite()).nonzero()[0])
-            raise UserError(
-                f"{name} seed {seed}: the loss is not finite in epoch {epoch + 1}, step {bad + 1}; lower "
-                f"--lr and --overwrite. Last good checkpoint: epoch {epoch}, {run.folder}/checkpoint.pt"
-            )
-        seconds += time.perf_counter() - began
-        line = dict(epoch=epoch + 1, lr=learning_rate(epoch, args), loss=float(losses.mean()))
-        line |= geometry(head.W.detach().to(measure))
-        if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
-            z = evaluate(model, test, args.precision)[1]
-            line["accuracy"] = float((z.argmax(1) == test_y).double().mean())
-            best = max(best, line["accuracy"])
-            bar.set_postfix(loss=f"{line['loss']:.3f}", accuracy=f"{100 * line['accuracy']:.2f}")
-        line["seconds"] = seconds
-        if epoch == 0 and args.epochs > 1:  # forecast without the first step, which also sets things up
-            epoch_time = (time.perf_counter() - warm) * len(parts) / max(len(parts) - 1, 1)
-            tqdm.write(f"{name} seed {seed}: about {epoch_time * (args.epochs - 1) / 60:.1f} more minutes")
-        run.log(line)
-        checkpoint(epoch + 1)
-
-    about = {"method": name, "seed": seed, "best_accuracy": best, "seconds": seconds}
-    about |= {"alpha": alpha, "beta": beta}
-    return conclude(args, data, run, model, batches, test, about)
+        for part, x in images.epoch(drawn, args.batch_size, generator):  # (B, C, H, W)
+            with run.autocast():  # bf16 inside the network only
+                f = network(x)
+            h, W, z = head(f)  # (B, d), (K, d), (B, K)
+            loss = loss_of(h, W, z, labels[part], args)
+            optimizer.zero_grad()
+            loss.backward()
+            if on_sphere:  # r^-2 has no bound: cut each proxy's gradient to length 1
+                head.W.grad.mul_((1 / head.W.grad.norm(dim=1, keepdim=True).clamp_min(1e-12)).clamp_max(1))
+            optimizer.step()
+            if on_sphere:
+                head.W.data.copy_(F.normalize(head.W.data, dim=1))
+            run.add_loss(loss)  # stays on the device; read once per epoch
+        run.log(lr=lr, **geometry(head.W.detach()))
+        if run.is_test_epoch(epoch):  # every --eval-every epochs, and after the last one
+            run.log(**test(model, data, run))
+    return measure(args, model, data, run)
 
 
-def coefficients(args: argparse.Namespace, loss: str) -> tuple[float | None, float | None]:
-    """alpha and beta: the reported ones for this uniformity, unless the flags say otherwise."""
-    alpha, beta = REPORTED.get(loss, (None, None))
-    if alpha is None:
-        return None, None
-    return alpha if args.alpha is None else args.alpha, beta if args.beta is None else args.beta
-
-
-# %% [5] Evaluation and figures
+# %% [5] Results
 
 
 def geometry(W: Tensor) -> dict[str, float]:
     """How uniform the rows of W (K, d) point: MHE energy over the least known, smallest angle (degrees)."""
-    K, d = W.shape
-    W = unit(W.double())
-    energy = riesz_energy(W, 2).item() / (K * (K - 1) * reference_energy(K, d))
+    W = F.normalize(W.to(metric_device(W.device)).double())
     r = float(separation(W))  # r = 2 sin(angle / 2)
+    energy = pair_energy(W).item() / reference_energy(*W.shape)
     return {"energy": energy, "smallest_angle": math.degrees(2 * math.asin(min(r / 2, 1)))}
 
 
-def generalized_nc(h: Tensor, y: Tensor, W: Tensor) -> dict[str, float]:
-    """Generalized neural collapse of features h (N, d), labels y (N,), class vectors W (K, d), by direction.
-
-    within: mean ||x_i - m_y||, m the mean direction of a class, 0 at full collapse (GNC1); energy_M: as in
-    `geometry`, of the class means centred at their mean, 1 at the optimum (GNC2); duality: mean ||m_k - w_k||
-    (GNC3). A class without samples is left out.
-    """
-    x, W = unit(h.double()), unit(W.double())
-    n = torch.bincount(y, minlength=len(W))
-    sums = torch.zeros_like(W).index_add_(0, y, x)
-    there = n > 0
-    M = unit(sums)  # (K, d)
-    centred = sums[there] / n[there, None]
-    centred = centred - centred.mean(0)
-    measured = geometry(centred) if there.sum() > 1 else {"energy": math.nan, "smallest_angle": math.nan}
-    return {
-        "within": float((x - M[y]).norm(dim=1).mean()),
-        "energy_M": measured["energy"],
-        "smallest_angle_M": measured["smallest_angle"],
-        "duality": float((M - W)[there].norm(dim=1).mean()),
-    }
+def within_classes(h: Tensor, y: Tensor, K: int) -> float:
+    """Mean ||x_i - m_y||, m the mean direction of a class: 0 at full collapse (GNC1). h (N, d), y (N,)."""
+    x = F.normalize(h.double())
+    sums = torch.zeros(K, h.shape[1], dtype=x.dtype, device=x.device).index_add_(0, y, x)
+    return float((x - F.normalize(sums)[y]).norm(dim=1).mean())
 
 
 @torch.no_grad()
-def evaluate(model: nn.ModuleDict, batches: Batches, precision: str, change=None) -> tuple[Tensor, Tensor]:
+def embed(model: nn.ModuleDict, images: Tensor, data: Dataset, run: Run, change=None) -> tuple:
     """Features h (N, d) and logits z (N, K) of every image, in order; `change` alters the images."""
     model.eval()
-    views = batches.views(torch.arange(batches.N))
     hs, zs = [], []
-    for x in batches.sequence(views, split_evenly(batches.N, 1000)):
-        x = change(x) if change else x
-        with torch.autocast(batches.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            f = model["network"](x)
+    loader = Batches(images, data.mean, data.std, device=run.device)
+    for _, x in loader.epoch(torch.arange(len(images)), 1000):
+        with run.autocast():
+            f = model["network"](change(x) if change else x)
         h, _, z = model["head"](f)
         hs.append(h)
         zs.append(z)
-    measure = metric_device(batches.device)
-    return torch.cat(hs).to(measure), torch.cat(zs).to(measure)
+    where = metric_device(run.device)
+    return torch.cat(hs).to(where), torch.cat(zs).to(where)
+
+
+def test(model: nn.ModuleDict, data: Dataset, run: Run) -> dict[str, float]:
+    """Test accuracy, and how far test features are from their class's mean direction."""
+    h, z = embed(model, data.test_x, data, run)
+    y = data.test_y.to(z.device)
+    return {
+        "accuracy": float((z.argmax(1) == y).double().mean()),
+        "test_within": within_classes(h, y, len(data.classes)),
+    }
 
 
 CORRUPTIONS = ("noise", "blur", "brightness")
@@ -797,6 +672,8 @@ def corrupt(name: str, x: Tensor, mean: Tensor, std: Tensor, generator: torch.Ge
 
     x (B, C, H, W) normalised, mean and std (C, 1, 1) -> the same, pixels cut to [0, 1].
     """
+    from torchvision.transforms.functional import gaussian_blur
+
     pixels = x * std + mean
     if name == "noise":
         pixels = pixels + 0.1 * torch.randn(x.shape, generator=generator).to(x.device)
@@ -832,22 +709,24 @@ def attack(model, x: Tensor, y: Tensor, radius, steps: int, low, high, generator
     return adversary.detach()
 
 
-def robustness(args, model, test: Batches, data: Dataset) -> dict:
+def robustness(args: argparse.Namespace, model: nn.ModuleDict, data: Dataset, run: Run) -> dict:
     """Accuracy under attack at a quarter, half and all of --attack-radius, and under corruptions.
 
     Attacks: on --attack-images of the test images, the same ones for every method, in float32.
     """
-    device = test.device
-    mean, std = (v.to(device)[:, None, None] for v in (data.mean, data.std))
-    low, high = (0 - mean) / std, (1 - mean) / std
+    loader = Batches(data.test_x, data.mean, data.std, device=run.device)
+    mean = data.mean.to(run.device)[:, None, None]
+    std = data.std.to(run.device)[:, None, None]
+    low = (0 - mean) / std
+    high = (1 - mean) / std
     generator = torch.Generator().manual_seed(0)
-    chosen = torch.randperm(test.N, generator=generator)[: args.attack_images or None]
+    chosen = torch.randperm(loader.N, generator=generator)[: args.attack_images or None]
     radii = [args.attack_radius * share for share in (0, 0.25, 0.5, 1)]  # in 255ths
     right = {("clean", 0): 0, **{("pgd", r): 0 for r in radii[1:]}, ("fgsm", radii[-1]): 0}
     model.eval()
-    for part in split_evenly(len(chosen), 500):
-        index = chosen[part]
-        x, y = test.load(test.views(index)), data.test_y[index].to(device)
+    for index in chosen.split(500):
+        x = loader.load(index)
+        y = data.test_y[index].to(run.device)
         for kind, r in right:
             steps = {"clean": 0, "fgsm": 1, "pgd": args.attack_steps}[kind]
             found = attack(model, x, y, r / 255 / std, steps, low, high, generator) if steps else x
@@ -855,17 +734,13 @@ def robustness(args, model, test: Batches, data: Dataset) -> dict:
                 z = model["head"](model["network"](found))[2]
             right[kind, r] += int((z.argmax(1) == y).sum())
     share = {key: count / len(chosen) for key, count in right.items()}
-    result = {
-        "attack_clean": share["clean", 0],
-        "fgsm": share["fgsm", radii[-1]],
-        "pgd": share["pgd", radii[-1]],
-    }
-    result |= {"pgd_radii": radii, "pgd_curve": [share["clean", 0], *(share["pgd", r] for r in radii[1:])]}
-    test_y = data.test_y.to(metric_device(device))
+    result = {"fgsm": share["fgsm", radii[-1]], "pgd": share["pgd", radii[-1]], "pgd_radii": radii}
+    result["pgd_curve"] = [share["clean", 0], *(share["pgd", r] for r in radii[1:])]
+    test_y = data.test_y.to(metric_device(run.device))
     for name in CORRUPTIONS:
         generator.manual_seed(0)
         change = functools.partial(corrupt, name, mean=mean, std=std, generator=generator)
-        z = evaluate(model, test, args.precision, change)[1]
+        _, z = embed(model, data.test_x, data, run, change)
         result[name] = float((z.argmax(1) == test_y).double().mean())
     return result
 
@@ -879,310 +754,171 @@ def fit_temperature(z: Tensor, y: Tensor) -> float:
     return math.exp(minimize_scalar(loss, bounds=(math.log(1e-2), math.log(1e3)), method="bounded").x)
 
 
-def conclude(args, data: Dataset, run: Run, model, batches, test, about: dict) -> dict:
-    """Measure the trained model on all data, write features.npz and result.json; returns the result."""
-    measure, head, K = metric_device(batches.device), model["head"], len(data.classes)
-    train_y, test_y = data.train_y.to(measure), data.test_y.to(measure)
-    groups, rule = shot_groups(data.counts.to(measure))
-    train_h, train_z = evaluate(model, batches, args.precision)
-    test_h, test_z = evaluate(model, test, args.precision)
-    W = head.W.detach().to(measure)
+def measure(args: argparse.Namespace, model: nn.ModuleDict, data: Dataset, run: Run) -> dict:
+    """Everything that is measured after training; writes features.npz, where the logits are h W^T."""
+    head = model["head"]
+    K = len(data.classes)
+    train_h, train_z = embed(model, data.train_x, data, run)
+    test_h, test_z = embed(model, data.test_x, data, run)
+    train_y = data.train_y.to(train_z.device)
+    test_y = data.test_y.to(train_z.device)
+    W = head.W.detach().to(train_z.device)
+    W = W if head.kind == "linear" else head.scale * F.normalize(W, dim=1)
+    run.save_features(train_h=train_h, train_y=train_y, test_h=test_h, test_y=test_y, W=W)
+    groups, rule = shot_groups(data.counts.to(train_z.device))
     # HUG trains no probability. Its cosines get the scale that fits the training images best, which is what
     # the length of the class vectors does in cross-entropy.
     temperature = fit_temperature(train_z, train_y) if head.kind == "proxy" else 1.0
     per_class = accuracy_per_class(test_z.argmax(1), test_y, K)
     tail = {group: float(per_class[members].nanmean()) for group, members in groups.items()}
-    result = {
-        **about,
-        "epochs": args.epochs,
+    return {
         "accuracy": float((test_z.argmax(1) == test_y).double().mean()),
-        **(tail | {"rule": rule} if long_tailed(args.dataset) else {}),
+        **(tail | {"rule": rule} if split_name(args.dataset)[1] else {}),
         "ece": expected_calibration_error((temperature * test_z).softmax(1), test_y),
         "temperature": temperature,
         "train_accuracy": float((train_z.argmax(1) == train_y).double().mean()),
         **geometry(W),
-        **generalized_nc(train_h, train_y, W),
+        "within": within_classes(train_h, train_y, K),
         **collapse_metrics(train_h, train_y, W, train_z.argmax(1), groups["few"]),
-        **robustness(args, model, test, data),
+        **robustness(args, model, data, run),
         "per_class": per_class.tolist(),
         "counts": data.counts.tolist(),
     }
-    run.save_features(train_h=train_h, train_y=train_y, test_h=test_h, test_y=test_y, W=W)
-    run.finish(result)
-    return result
 
 
-def long_tailed(dataset: str) -> bool:
-    return dataset.partition(":")[0].endswith("lt")
-
-
-MARKERS = dict(zip(METHODS, "osv^dP", strict=True))
-
-
-def draw_figures(folder: Path, runs: list[Run]) -> list[str]:
-    """Figures of finished runs, one idea each, methods side by side; returns the names of the files."""
-    by_method = {name: [r for r in runs if r.finished["method"] == name] for name in METHODS}
+def draw_figures(folder: Path, runs: list[Run]) -> None:
+    """Three figures of finished runs, methods side by side; means over seeds, one circle per method."""
+    by_method = {name: [run for run in runs if run.name == name] for name in METHODS}
     by_method = {name: found for name, found in by_method.items() if found}
-    shades = np.linspace(0.7, 0, len(by_method))
-    look = {
-        name: {"color": str(shade), "marker": MARKERS[name], "label": name}
-        for name, shade in zip(by_method, shades, strict=True)
-    }
-    saved = []
+    style = styles(METHODS)
 
-    def save(name: str, figure: Figure) -> None:
-        write_atomically(folder / name, lambda part: figure.savefig(part, dpi=110))
-        saved.append(name)
-
-    # Where the proxies go: how far from the most uniform arrangement, epoch by epoch
-    figure = Figure(figsize=(9, 4.4), layout="constrained")
+    # Both terms of the gap, epoch by epoch
+    figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, found in by_method.items():
-        epochs = [line["epoch"] for line in found[0].history]
-        for plot, key in ((left, "energy"), (right, "smallest_angle")):
-            values = np.mean([[line[key] for line in r.history] for r in found], axis=0)
-            plot.plot(epochs, values, markevery=max(1, len(epochs) // 10), **look[name])
+        for plot, key in ((left, "energy"), (right, "test_within")):
+            lines = [line for line in found[0].history if key in line]
+            epochs = [line["epoch"] for line in lines]
+            values = np.mean([[line[key] for line in run.history if key in line] for run in found], axis=0)
+            plot.plot(epochs, values, markevery=max(1, len(epochs) // 10), label=name, **style[name])
     left.axhline(1, ls=":", color="0.5")
-    left.set(xlabel="epoch", yscale="log", ylabel="energy of class vectors / least known")
-    right.set(xlabel="epoch", ylabel="smallest angle of class vectors (degrees)")
-    K, d = next(iter(by_method.values()))[0].load_features()["W"].shape
-    if known_distances(K, d) is not None:
-        best = math.degrees(2 * math.asin(known_distances(K, d).min() / 2))
-        right.axhline(best, ls=":", color="0.5", label=f"largest possible: {best:.1f}")
-    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
-    save("uniformity.png", figure)
+    left.set(xlabel="epoch", yscale="log", ylabel="between: energy of class vectors / least known")
+    right.set(xlabel="epoch", ylabel="within: mean distance to the class's direction")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    save_figure(folder / "gap.png", figure)
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    plot = figure.subplots()
+    points = {}
     for name, found in by_method.items():
-        accuracy = 100 * np.mean([r.finished["pgd_curve"] for r in found], axis=0)
-        plot.plot(found[0].finished["pgd_radii"], accuracy, **look[name])
-    plot.set(xlabel="linf radius of the attack (255ths of the pixel range)")
-    plot.set(ylabel="test accuracy under PGD (%)")
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)
-    save("robustness.png", figure)
+        accuracy = 100 * np.mean([run.finished["pgd_curve"] for run in found], axis=0)
+        points[name] = found[0].finished["pgd_radii"], accuracy
+    axes = {"xlabel": "linf radius of the attack (255ths of the pixel range)"}
+    curves(folder / "robustness.png", points, style, ylabel="test accuracy under PGD (%)", **axes)
 
-    if d in (2, 3):
-        save("features.png", sphere_figure({name: found[0] for name, found in by_method.items()}, K, d))
-    return saved
+    arrays = {name: found[0].load_features() for name, found in by_method.items()}
+    if next(iter(arrays.values()))["W"].shape[1] == 2:
+        draw_circles(folder / "circle.png", arrays)
 
 
-def sphere_figure(runs: dict[str, Run], K: int, d: int) -> Figure:
-    """Directions of test features and class vectors on the circle (d = 2) or the sphere (d = 3)."""
-    columns = min(3, len(runs))
-    rows = -(-len(runs) // columns)
-    figure = Figure(figsize=(3.4 * columns, 3.6 * rows + 0.4), layout="constrained")
-    shades = ["0.0" if k % 2 else "0.55" for k in range(K)]  # the numbers tell which class it is
-    for i, (name, run) in enumerate(runs.items()):
-        plot = figure.add_subplot(rows, columns, i + 1, projection="3d" if d == 3 else None)
-        arrays = run.load_features()
-        x, W = (unit(torch.from_numpy(arrays[key])).numpy() for key in ("test_h", "W"))
-        y = arrays["test_y"]
-        some = np.random.default_rng(0).permutation(len(x))[:2000]
-        # on a circle points hide each other: spread them outwards by chance, which means nothing
-        out = 1 + 0.12 * np.random.default_rng(1).random((len(some), 1)) if d == 2 else 1
-        plot.scatter(*(out * x[some]).T, s=2, c=[shades[k] for k in y[some]], alpha=0.5, rasterized=True)
-        for k in range(K):
-            plot.plot(*np.stack([0 * W[k], 0.95 * W[k]], 1), color="0.3", lw=1)
-            if K <= 20:
-                plot.text(*(1.3 * W[k]), str(k), ha="center", va="center", fontsize=8)
-        plot.set_title(f"{name}: {100 * run.finished['accuracy']:.1f}%")
-        limits = (-1.4, 1.4) if d == 2 else (-0.9, 0.9)
-        plot.set(xlim=limits, ylim=limits, aspect="equal", **({"zlim": limits} if d == 3 else {}))
+def draw_circles(path: Path, arrays: dict[str, dict]) -> None:
+    """Directions of test features (dots) and class vectors (lines) on the circle, one colour per class."""
+    columns = min(3, len(arrays))
+    rows = -(-len(arrays) // columns)
+    figure = Figure(figsize=(3.4 * columns + 1, 3.5 * rows), layout="constrained")
+    colours = [*COLOURS, "#882255", "#999933"]  # ten classes have ten colours
+    for i, (title, found) in enumerate(arrays.items()):
+        plot = figure.add_subplot(rows, columns, i + 1)
+        x = found["test_h"] / np.linalg.norm(found["test_h"], axis=1, keepdims=True)
+        W = found["W"] / np.linalg.norm(found["W"], axis=1, keepdims=True)
+        # points hide each other: spread them outwards by chance, which means nothing
+        out = 1 + 0.15 * np.random.default_rng(1).random((len(x), 1))
+        for k, w in enumerate(W):
+            of_class = found["test_y"] == k
+            colour = colours[k % len(colours)]
+            plot.scatter(*(out * x)[of_class].T, s=4, color=colour, label=f"class {k}", rasterized=True)
+            plot.plot([0, 0.95 * w[0]], [0, 0.95 * w[1]], color=colour, lw=2)
+        plot.set(title=title, xlim=(-1.3, 1.3), ylim=(-1.3, 1.3), aspect="equal")
         plot.set_axis_off()
-    figure.suptitle("numbered lines: class vectors\ndots: test features, by direction", fontsize=10)
-    return figure
+    handles, labels = plot.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", frameon=False, markerscale=3)
+    save_figure(path, figure)
 
 
-def results_table(runs: list[Run]) -> str:
-    """Mean ± std over seeds, a row a method: last epoch's accuracy first, the best epoch's beside it."""
-    percent = {"accuracy": 2, "best_accuracy": 2, "ece": 1, "fgsm": 1, "pgd": 1}
-    percent |= dict.fromkeys(CORRUPTIONS, 1)
+def print_results(runs: list[Run], folder: Path) -> None:
+    """A table with one row per method, mean ± std over seeds, and what its columns and figures mean."""
+    percent = ["accuracy", "train_accuracy", "best_accuracy", "ece", "fgsm", "pgd", *CORRUPTIONS]
     rows = []
     for name in METHODS:
-        if found := [r.finished for r in runs if r.finished["method"] == name]:
-            cells = [mean_std([r[key] for r in found], digits, 100) for key, digits in percent.items()]
-            cells += [mean_std([r["smallest_angle"] for r in found], 1)]
-            cells += [mean_std([r[key] for r in found], 2) for key in ("energy", "within")]
-            rows.append([name, len(found), *cells, f"{np.mean([r['seconds'] for r in found]):.0f}"])
-    header = [
-        "method",
-        "seeds",
-        "accuracy %",
-        "best %",
-        "ECE %",
-        "FGSM %",
-        "PGD %",
-        *(f"{c} %" for c in CORRUPTIONS),
-    ]
-    return table([*header, "angle", "energy", "within", "train s"], rows)
+        found = [run.finished for run in runs if run.name == name]
+        if not found:
+            continue
+        cells = [mean_std([result[key] for result in found], 1, 100) for key in percent]
+        cells.append(mean_std([result["smallest_angle"] for result in found], 1))
+        cells += [mean_std([result[key] for result in found], 2) for key in ("energy", "within")]
+        rows.append([name, len(found), *cells])
+    header = ["method", "seeds", "accuracy", "train", "best", "ECE", "FGSM", "PGD", *CORRUPTIONS]
+    print("\n" + table([*header, "angle", "energy", "within"], rows))
+    print("""accuracy: % of the test images after the last epoch; train: of the training images, unaugmented
+best: highest accuracy of the tested epochs, chosen on the test set; ECE: calibration error, %
+FGSM, PGD: % right under attack (linf 8/255, one step and ten); noise, blur, brightness: under corruption
+angle: smallest angle between two class vectors, degrees; energy: theirs over the least known, 1 at best
+within: mean distance of a unit training feature to its class's mean direction, 0 at full collapse""")
+    for name in dict.fromkeys(run.name for run in runs):
+        print(f"{name}: {METHODS[name].about}")
+    print(f"""figures in {folder}:
+  gap.png         both terms of the gap over epochs: 1 and 0 at generalized neural collapse
+  robustness.png  accuracy under PGD by radius
+  circle.png      d = 2: class vectors (lines) and test features (dots) by direction""")
 
 
 # %% [6] Command line
 
 
-# [copied: parser]
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):  # one line instead of the usage text; main turns it into exit code 2
-        raise UserError(message)
-
-
-# [end copied]
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line, with each default filled in and each value checked. Raises UserError."""
-    about = "Hyperspherical uniformity gap: neural collapse beyond K <= d + 1, against cross-entropy."
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    add = (parser := Parser("hug.py", description=about, formatter_class=formatter)).add_argument
-    methods = [*METHODS, "hug", "all"]
-    add(
-        "--dataset", default="digits", help=f"{', '.join(SPECS)}, folder:PATH; long-tailed with lt: cifar10lt"
-    )
-    add("--data-dir", type=Path, default="data", help="where NAME.npz is kept and downloads go")
-    add("--out", type=Path, default="runs", help="run folders go to OUT/hug/DATASET/METHOD/seedS")
-    add(
-        "--method", nargs="+", default=["all"], choices=methods, help="one or more; hug: as --uniformity says"
-    )
-    add("--epochs", type=int, help="200; mnist 20, digits 25, fashionmnist 30")
-    add("--batch-size", type=int, help="128; digits 32")
-    add("--lr", type=float, default=0.1, help="peak learning rate")
-    add("--weight-decay", type=float, default=5e-4, help="on all parameters but proxies")
-    add("--seed", type=int, nargs="+", default=[0], help="one or more; of weights, proxies, order and views")
-    add("--jobs", type=int, default=1, help="runs at a time, each a process of its own; they share the cores")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where it runs")
-    add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="inside the network only")
-    add("--compile", action="store_true", help="torch.compile the network")
-    add("--resume", action="store_true", help="go on from the last checkpoint")
-    add("--overwrite", action="store_true", help="start anew the runs that are there")
-    add("--dry-run", action="store_true", help="two steps of one epoch of everything, into OUT/dry-run")
-    add("--synthetic", action="store_true", help="check the theory on the sphere; trains no network")
-    add("--net", choices=list(NETWORKS), help="resnet18; mnist, fashionmnist and digits cnn")
-    add("--dim", type=int, help="feature dimension d; the network's width; mnist and digits 2")
-    add("--uniformity", choices=list(REPORTED), default="mhe", help="of --method hug, of hug-fixed's proxies")
-    add("--alpha", type=float, help="weight between classes; 0.15")
-    add("--beta", type=float, help="weight within classes; mhe and mhs 0.015, mgd 0.03")
-    add("--reduction", choices=["sum", "mean"], default="sum", help="over pairs and over the batch, in HUG")
-    add("--proxies", choices=["learnable", "fixed"], default="learnable", help="fixed: optimised beforehand")
-    add("--intra", choices=["max", "sum"], default="max", help="over a class, for MHS")
-    add("--mgd-epsilon", type=float, default=1.0, help="of the Gaussian kernel, for MGD")
-    add("--scale", type=float, default=16.0, help="of the logits of ce+norm")
-    add("--per-class", type=int, help="train on so many images of each class at most")
-    add("--attack-radius", type=float, default=8.0, help="linf, in 255ths of the pixel range")
-    add("--attack-steps", type=int, default=10, help="of PGD; FGSM has one")
-    add("--attack-images", type=int, default=500, help="of the test set; 0 for all")
-    add("--imbalance", type=float, default=100.0, help="largest over smallest class, for lt")
-    add("--profile", choices=["exp", "step"], default="exp", help="shape of the long tail, for lt")
-    add("--subset-seed", type=int, default=0, help="which images a class keeps, for lt and --per-class")
-    add("--image-size", type=int, default=32, help="pixels, for folder:PATH")
-    add("--eval-every", type=int, default=1, help="epochs from test to test; the last is always tested")
-    args = parser.parse_args(argv)
-    args.words = sys.argv[1:] if argv is None else argv
-
-    recipe = RECIPES.get(args.dataset.partition(":")[0].removesuffix("lt"), USUAL)
-    for flag, value in zip(("epochs", "batch_size", "net", "dim"), recipe, strict=True):
-        if getattr(args, flag) is None:
-            setattr(args, flag, value)
-    least = dict(epochs=1, jobs=0, batch_size=3, eval_every=1, image_size=1, attack_steps=2, attack_images=0)
-    least |= {flag: n for flag, n in (("dim", 2), ("per_class", 1)) if getattr(args, flag) is not None}
-    for flag, n in least.items():
-        if getattr(args, flag) < n:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected {n} or more")
-    for flag in ("lr", "alpha", "beta", "mgd_epsilon", "scale", "attack_radius"):
-        value = getattr(args, flag)
-        if value is not None and not 0 < value < float("inf"):
-            raise UserError(f"--{flag.replace('_', '-')} {value}: expected a number above 0")
-    if not 0 <= args.weight_decay < 1:
-        raise UserError(f"--weight-decay {args.weight_decay}: expected a number from 0 to 1")
-    args.method = [f"hug-{args.uniformity}" if m == "hug" else m for m in args.method]
-    args.method = list(METHODS) if "all" in args.method else list(dict.fromkeys(args.method))
-    args.seed = list(dict.fromkeys(args.seed))
-    if args.dry_run:
-        args.epochs, args.overwrite, args.out = 1, True, args.out / "dry-run"
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line, with every default filled in. Raises UserError."""
+    about = {name: method.about for name, method in METHODS.items()}
+    title = __doc__.partition("\n")[0]
+    flags = Arguments("hug", title, about, ["ce", "hug-mhe"], RECIPES, eval_every=5)
+    add = flags.add
+    add("--net", choices=list(NETWORKS), help="network")
+    add("--dim", type=at_least(0), help="feature dimension d; 0: the network's")
+    add("--reduction", choices=["official", "sum"], default="official", help="of HUG's two terms")
+    add("--inter", type=positive, help="alpha, weight between classes (default: 1; sum .15)")
+    add("--intra", type=positive, help="beta, weight within classes (default: 1; sum .015, mgd .03)")
+    add("--reweight", choices=["on", "off"], default="off", help="ce: mean class by class, as HUG has it")
+    add("--scale", type=positive, default=16.0, help="factor of the logits of ce+norm")
+    add("--per-class", type=at_least(1), help="train on so many images of each class at most")
+    add("--attack-radius", type=positive, default=8.0, help="linf, in 255ths of the pixel range")
+    add("--attack-steps", type=at_least(2), default=10, help="of PGD; FGSM has one")
+    add("--attack-images", type=at_least(0), default=500, help="of the test set; 0 for all")
+    args = flags.parse(argv)
+    if args.dim == 1:
+        raise UserError("--dim 1: a circle needs two dimensions, or 0 for the network's")
     return args
 
 
-# Flags that say where or how often, not what is computed: a run may go on with other values of these.
-NOT_IN_CONFIG = {"out", "data_dir", "method", "seed", "device", "resume", "overwrite", "synthetic"}
-NOT_IN_CONFIG |= {"jobs", "words"}
-
-
-def program(args: argparse.Namespace) -> dict:
-    """Every method with every seed, one after another; the table and the figures. Raises UserError."""
+def main(argv: list[str] | None = None) -> dict:
+    """Train every method with every seed, print the table, draw the figures. Raises UserError."""
+    args = parse(argv)
     if args.synthetic:
-        return {"ok": synthetic(args.out / "hug" / "synthetic")}
-    device = pick_device(args.device)
-    args.precision = pick_precision(args.precision, device)
-    tail = dict(imbalance=args.imbalance, profile=args.profile, subset_seed=args.subset_seed)
-    data = load_dataset(args.dataset, args.data_dir, **tail, image_size=args.image_size)
-    if args.dry_run:  # two batches, and a few images to measure on
-        args.per_class = 2 * args.batch_size // len(data.classes) + 1
-        args.attack_images, args.attack_steps = 20, 2
-        data = data._replace(test_x=data.test_x[:200], test_y=data.test_y[:200])
+        return check_theory(args.out / "hug" / "synthetic")
+    if args.batch_size < 3:
+        raise UserError(f"--batch-size {args.batch_size}: expected 3 or more, no batch has one image then")
+    data = prepare_data(args)
     if args.per_class:
-        data = per_class_subset(data, args.per_class, args.subset_seed)
-    K, N, n = len(data.classes), len(data.train_y), data.counts
-    if K < 2 or n.min() < 1 or N < 3:
-        raise UserError(
-            f"--dataset {args.dataset}: {N} images of {K} classes, the fewest {n.min()}; expected "
-            "two classes or more, none of them empty, and three images or more"
-        )
-    folder = args.out / "hug" / args.dataset.replace(":", "-").replace("/", "-")
-    print(f"{args.dataset}: {K} classes, {N:,} training images ({n.max()} to {n.min()} a class), ", end="")
-    print(f"{len(data.test_y):,} test images\n{hardware(device)}, {args.precision}; into {folder}")
-    for name in args.method:  # says what is wrong with a model before the first one is trained
-        model = build_model(args, pick_method(args, name), data)
-        size = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        d = model["head"].W.shape[1]
-        print(f"{name}: {args.net}, d = {d}, {size:,} parameters; ", end="")
-        print(f"seeds {args.seed}, {args.epochs} epochs of {N:,} samples, batch {args.batch_size}")
-    if args.jobs > 1:  # all are finished then, and what follows only reads them
-        run_side_by_side(Path(__file__), args, device)
-        args.resume, args.overwrite = True, False
+        keep = keep_per_class(data.train_y, args.per_class)
+        data = data._replace(train_x=data.train_x[keep], train_y=data.train_y[keep])
     runs = []
     for name in args.method:
         for seed in args.seed:
-            flags = {key: value for key, value in vars(args).items() if key not in NOT_IN_CONFIG}
-            flags |= {"method": name, "seed": seed}
-            again = dict(resume=args.resume, overwrite=args.overwrite)
-            run = Run(folder / name / f"seed{seed}", flags, Path(__file__), **again, device=device)
+            run = open_run(args, name, seed, data)
             if not run.finished:
-                train(args, name, seed, data, run, device)
+                run.finish(train(args, name, seed, data, run))
                 draw_figures(run.folder, [run])
-            elif args.jobs <= 1:  # else it was said when the run ended
-                accuracy = 100 * run.finished["accuracy"]
-                print(f"{name} seed {seed}: done before, {accuracy:.2f}%; --overwrite redoes it")
             runs.append(run)
-    if args.jobs == 0:  # one of several at once: the common table and figures are for the one who started us
-        return {"results": [run.finished for run in runs], "folder": str(folder)}
-    attacked = min(args.attack_images or len(data.test_y), len(data.test_y))
-    print(f"\n{results_table(runs)}\nLast epoch. FGSM, PGD-{args.attack_steps}: linf ", end="")
-    print(
-        f"{args.attack_radius:g}/255, {attacked:,} images. angle: smallest between class vectors (degrees)."
-    )
-    print("energy: of class vectors, 1 at the least known. within: mean distance of x to its class mean.")
-    figures = draw_figures(folder, runs)
-    print(f"figures in {folder}: {', '.join(figures)}")
-    return {"results": [run.finished for run in runs], "folder": str(folder)}
-
-
-def main(argv: list[str] | None = None) -> dict:
-    """Run the command line. Exit code 2 after bad input, 1 after a failed claim, 130 after Ctrl-C."""
-    try:
-        result = program(parse(argv))
-    except UserError as error:
-        print(f"hug.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        words = [w for w in (sys.argv[1:] if argv is None else argv) if w not in ("--resume", "--overwrite")]
-        command = shlex.join(["python", "hug.py", *words, "--resume"])
-        if words[-2:] != ["--jobs", "0"]:  # else the one who started us says it
-            print(f"\ninterrupted; go on with: {command}", file=sys.stderr)
-        sys.exit(130)
-    if result.get("ok") is False:
-        sys.exit(1)
-    return result
+    print_results(runs, args.folder)
+    draw_figures(args.folder, finished_runs(args, runs))
+    return {"results": [run.finished for run in runs], "folder": str(args.folder)}
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main)

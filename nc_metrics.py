@@ -180,7 +180,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch.nn.functional as F
-import torchvision
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from torch import nn
@@ -409,7 +408,9 @@ def resnet18(channels: int) -> nn.Module:
 
     The ImageNet stem (7x7, stride 2, max-pool) would leave a 32x32 image as 1x1 before the last stage.
     """
-    network = torchvision.models.resnet18(weights=None)
+    from torchvision import models  # here, since importing it takes seconds
+
+    network = models.resnet18(weights=None)
     network.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
     network.maxpool = network.fc = nn.Identity()
     network.d = 512

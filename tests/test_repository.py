@@ -7,6 +7,8 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("spherization", "fno_continual", "etf_dr", "bmls_msclf", "hug", "nc_metrics")
@@ -55,5 +57,54 @@ def printed_commands():
 @pytest.mark.parametrize("script, words", list(printed_commands()))
 def test_printed_commands_parse(script, words):
     words = re.sub(r"\s{2,}.*", "", words.rstrip())  # two spaces begin a remark
-    if "..." not in words and "X" not in words.split():
+    if not {"...", "X"} & set(words.split()) and "$" not in words:  # $: a shell's loop
         importlib.import_module(script).parse(shlex.split(words))
+
+
+def bmls_msclf(cell):
+    y = torch.tensor([0, 0, 0, 1, 1, 2])
+    sampler = cell["BalancedMixedLabelSampler"](y, 3, torch.Generator().manual_seed(0))
+    a, b = y[sampler.draw(6)].unbind(1)
+    assert len({tuple(sorted(pair)) for pair in zip(a.tolist(), b.tolist(), strict=True)}) == 6
+    assert cell["ms_raw"](torch.randn(6, 3), a, b, torch.rand(6)) > 0
+
+
+def etf_dr(cell):
+    W = cell["simplex_etf"](4, 8)
+    y = torch.arange(4)
+    assert cell["dot_regression_loss"](W[y], W, y) < 1e-20 < cell["cross_entropy_loss"](W[y], W, y)
+
+
+def fno_continual(cell):
+    Q = cell["fno_classifier"](4, 10)
+    torch.testing.assert_close(Q @ Q.T, torch.eye(4).double())
+
+
+def hug(cell):
+    W = torch.randn(4, 8, requires_grad=True)
+    cell["hug_loss"](torch.randn(6, 8), W, torch.tensor([0, 0, 1, 1, 3, 3])).backward()
+    assert W.grad.isfinite().all()
+
+
+def nc_metrics(cell):
+    y = torch.arange(4).repeat(50)
+    found = cell["neural_collapse"](F.one_hot(y, 6).double(), torch.eye(4, 6), y)
+    assert found["nc1"] < 1e-20 and found["nc2_equiangular_M"] < 1e-12 and found["nc4"] == 0
+
+
+def spherization(cell):
+    x = cell["Spherization"](7)(torch.randn(5, 7))
+    torch.testing.assert_close(x.norm(dim=1), torch.full((5,), 5.0))
+
+
+@pytest.mark.parametrize("script", METHODS)
+def test_the_method_cell_runs_when_pasted_alone(script):
+    text = (ROOT / f"{script}.py").read_text()
+    found = re.search(r"^(# %% \[1\] The method.*?)^# %%", text, re.S | re.M)
+    top = [node for node in ast.parse(found[1]).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in top if isinstance(node, ast.ImportFrom)}
+    assert {name.split(".")[0] for name in names} <= {"torch", "numpy", "math", "warnings"}
+    cell = {"__name__": "pasted"}
+    exec(compile(found[1], script, "exec"), cell)  # noqa: S102
+    globals()[script](cell)
