@@ -4,7 +4,6 @@ import importlib.util
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -168,15 +167,6 @@ def test_the_released_matrix_form_is_the_same_map(n):
             assert released.W_phi[i, j] == float(i < j and (i, j) != (n - 1, n))
             if i < n:
                 assert released.W_theta[i, j] == float(i == j or (i, j) == (n - 1, n))
-
-
-def test_the_method_cell_runs_when_pasted_alone():
-    cell = re.search(r"^# %% \[1\].*?(?=^# %% )", (ROOT / "spherization.py").read_text(), re.S | re.M)[0]
-    space = {}
-    exec(compile(cell, "cell", "exec"), space)  # noqa: S102 (our own file)
-    x = space["Spherization"](3)(torch.zeros(2, 3))
-    torch.testing.assert_close(x.norm(dim=1), torch.full((2,), 5.0))
-    assert set(re.findall(r"^(?:import|from) (\w+)", cell, re.M)) == {"math", "torch"}
 
 
 # %% Parts of the tasks
