@@ -1751,9 +1751,9 @@ def to_json(content, **layout) -> str:
     return json.dumps(plain, allow_nan=False, **layout)
 
 
-def from_json(text: str) -> dict:
+def from_json(text: str, null=math.nan) -> dict:
     """What to_json wrote of a dict, with nan for null. Raises ValueError for anything else."""
-    content = _exchange(json.loads(text), lambda v: math.nan if v is None else v)
+    content = _exchange(json.loads(text), lambda v: null if v is None else v)
     if not isinstance(content, dict):
         raise ValueError("no JSON object")
     return content
@@ -1781,7 +1781,7 @@ class Run:
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
-        self.config = self._read("config.json", from_json)
+        self.config = self._read("config.json", lambda text: from_json(text, null=None))  # flags not given
         self.finished = self._read("result.json", from_json)
         self.name = self.finished.get("method") if self.finished else None
         self.history = self._read("metrics.jsonl", _epochs_from_json) or []
@@ -1980,7 +1980,7 @@ def _clear(folder: Path) -> None:
 def _check_same(run: Run, flags: dict, data: Dataset) -> None:
     before = run.config.get("flags", {})
     for flag in sorted(before.keys() | flags.keys()):
-        if to_json(before.get(flag)) != to_json(flags.get(flag)):  # nan, read for null, equals nothing
+        if before.get(flag) != flags.get(flag):
             changed = f"--{flag.replace('_', '-')} {before.get(flag)}, not {flags.get(flag)}"
             raise UserError(f"{run.folder}: was run with {changed}; --overwrite it or choose another --out")
     if run.config.get("data") != data.fingerprint:
