@@ -434,7 +434,7 @@ def long_tail_subset(
     theirs: labels and images cannot slide apart.
     """
     generator = torch.Generator().manual_seed(0)
-    quotas = long_tail_counts(K, len(y) // K, imbalance, profile)
+    quotas = long_tail_counts(K, len(y) / K, imbalance, profile)
     order = torch.bincount(y, minlength=K).argsort(descending=True, stable=True).tolist()
     quota = dict(zip(order if by_count else range(K), quotas, strict=True))
     subset = []
@@ -508,47 +508,6 @@ def coarse_labels(classes: tuple[str, ...], grouping: str) -> tuple[Tensor, tupl
     if set(classes) != set(coarse):
         raise UserError("--coarse superclasses: only CIFAR-100 has them; use --coarse pairs")
     return torch.tensor([coarse[name] for name in classes]), tuple(SUPERCLASSES)
-
-
-class ClassCycles:
-    """Images of each class in shuffled cycles: none comes again before every other of its class has come.
-
-    `take(labels)` answers a list of labels (T,) with image indices (T,). The position in every cycle is kept
-    from call to call; `state_dict` holds it for a checkpoint. Raises UserError for a class without images.
-    """
-
-    def __init__(self, y: Tensor, K: int, generator: torch.Generator):
-        self.generator = generator
-        counts = torch.bincount(y, minlength=K)
-        if (counts == 0).any():
-            raise UserError(f"class {int(counts.argmin())} has no training image")
-        self.ends = counts.cumsum(0)
-        self.order = torch.argsort(y, stable=True)  # (N,): class after class
-        self.position = self.ends.clone()  # (K,): every cycle is used up, so the first take shuffles it
-
-    def take(self, labels: Tensor) -> Tensor:
-        index = torch.empty_like(labels)
-        by_class = torch.argsort(labels, stable=True)
-        wanted = torch.bincount(labels, minlength=len(self.ends))
-        for k, slots in enumerate(by_class.split(wanted.tolist())):
-            start, end = (int(self.ends[k - 1]) if k else 0), int(self.ends[k])
-            while len(slots):
-                if self.position[k] == end:
-                    cycle = self.order[start:end]
-                    self.order[start:end] = cycle[torch.randperm(end - start, generator=self.generator)]
-                    self.position[k] = start
-                at = int(self.position[k])
-                n = min(len(slots), end - at)
-                index[slots[:n]] = self.order[at : at + n]
-                self.position[k] += n
-                slots = slots[n:]
-        return index
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"order": self.order.clone(), "position": self.position.clone()}  # take() writes into its own
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.order, self.position = state["order"].clone(), state["position"].clone()
 
 
 def split_tasks(K: int, tasks: int) -> Tensor:

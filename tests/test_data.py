@@ -1,6 +1,7 @@
 """The data half of common.py: long tails, reading and checking files, and the loader."""
 
 import hashlib
+import itertools
 import os
 import pickle
 import shutil
@@ -20,7 +21,7 @@ from PIL import Image
 from torchvision import datasets
 
 import common
-from common import SPECS, Batches, ClassCycles, load_dataset, long_tail_counts, long_tail_subset, split_evenly
+from common import SPECS, Batches, load_dataset, long_tail_counts, long_tail_subset, split_evenly
 
 
 @pytest.fixture(autouse=True)
@@ -96,24 +97,43 @@ def test_short_class_gives_all_it_has_and_no_label_slides():
     """SVHN: class 0 has fewer images than N / K. Cutting a label-sorted array at the quotas' running sums, as
     published code does, would then give every later class some images of its neighbour."""
     y = shuffled_labels([20, 110, 90, 80, 100])  # N / K = 80
-    subset = long_tail_subset(y, 5, 16)
+    subset = long_tail_subset(y, 5, 16, by_count=False)
     assert torch.bincount(y[subset], minlength=5).tolist() == [20, 40, 20, 10, 5]
 
 
-def test_subset_depends_on_its_own_seed_only():
+def test_n_max_is_a_fraction_where_the_classes_are_uneven():
+    """SVHN's 73,257 images: int(7325.7 (1/IF)^(k/9)), as published code has it, not int(7325 ...)."""
+    sizes = [4948, 13861, 10585, 8497, 7458, 6882, 5727, 5595, 5045, 4659]
+    y = torch.arange(10).repeat_interleave(torch.tensor(sizes))
+    found = torch.bincount(y[long_tail_subset(y, 10, 100, by_count=False)])
+    expected = [min(n, int(7325.7 * 0.01 ** (k / 9))) for k, n in enumerate(sizes)]
+    assert found.tolist() == expected
+    assert expected != [min(n, int(7325 * 0.01 ** (k / 9))) for k, n in enumerate(sizes)]
+
+
+def test_the_head_of_a_folder_is_its_largest_class():
+    y = shuffled_labels([5, 60, 61, 59])
+    counts = torch.bincount(y[long_tail_subset(y, 4, 10)])
+    assert counts.argmax() == 2 and counts[0] == min(5, int(185 / 4 / 10)) == 4
+
+
+def test_subset_draws_nothing_from_the_global_generator():
     y = shuffled_labels([50] * 4)
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    first = long_tail_subset(y, 4, 10, seed=3)
-    assert torch.get_rng_state().equal(before)  # it draws nothing from the global generator
+    first = long_tail_subset(y, 4, 10)
+    assert torch.get_rng_state().equal(before)
     torch.manual_seed(2)
-    assert long_tail_subset(y, 4, 10, seed=3).equal(first)
-    assert not long_tail_subset(y, 4, 10, seed=4).equal(first)
+    assert long_tail_subset(y, 4, 10).equal(first)
 
 
-def test_subset_of_an_empty_class(user_error):
-    with user_error("class 1 "):
-        long_tail_subset(torch.tensor([0, 0, 2, 2]), 3, 2)
+@given(n=st.integers(1, 9), sizes=st.lists(st.integers(1, 12), min_size=1, max_size=6))
+def test_keep_per_class_keeps_some_of_every_class(n, sizes):
+    y = shuffled_labels(sizes)
+    keep = common.keep_per_class(y, n)
+    assert torch.bincount(y[keep]).tolist() == [min(n, size) for size in sizes]
+    assert keep.equal(keep.sort().values) and keep.equal(common.keep_per_class(y, n))
+    assert set(keep.tolist()) <= set(common.keep_per_class(y, n + 1).tolist())  # a part of a larger one
 
 
 # %% Digits and names
@@ -150,14 +170,13 @@ def test_digits_are_split_the_same_way_every_time():
 
 def test_long_tailed_digits():
     full, tail = load_dataset("digits"), load_dataset("digitslt", imbalance=10)
-    quotas = long_tail_counts(10, 1437 // 10, 10)
+    quotas = long_tail_counts(10, 143.7, 10)
     assert full.counts[0] < quotas[0]  # digit 0 is rarer than the average: it gives all it has
     assert tail.counts.tolist() == [full.counts[0], *quotas[1:]]
     assert set(pairs(tail.train_x, tail.train_y)) <= set(pairs(full.train_x, full.train_y))
     assert tail.test_x.equal(full.test_x)  # only training gets a tail
     assert tail.mean.equal(full.mean) and tail.std.equal(full.std)  # and it does not move the statistics
-    other = load_dataset("digitslt", imbalance=10, subset_seed=1)
-    assert other.counts.equal(tail.counts) and not other.train_x.equal(tail.train_x)
+    assert load_dataset("digitslt", imbalance=10).train_x.equal(tail.train_x)  # the same images every time
     step = load_dataset("digitslt", imbalance=10, profile="step")
     assert step.counts[5:].tolist() == [14] * 5
 
@@ -189,6 +208,7 @@ def good_arrays(name: str = "mnist", n_train: int = 23, n_test: int = 11) -> dic
     """Random images of the right shape. Labels go round all classes, last class first."""
     rng = np.random.default_rng(0)
     K, shape, *_ = SPECS[name]
+    n_train = max(n_train, K)
     arrays = {"classes": np.array([f"class {k}" for k in range(K)])}
     for split, n in ("train", n_train), ("test", n_test):
         arrays[f"{split}_x"] = rng.integers(0, 256, (n, *shape), dtype=np.uint8)
@@ -652,159 +672,79 @@ def by_torchvision(image: torch.Tensor, pad: int, top: int, left: int, mirror: b
 @pytest.mark.parametrize("pad", [0, 4])
 @pytest.mark.parametrize("flip", [False, True])
 def test_each_loaded_image_is_torchvisions(C, pad, flip):
+    """Every crop and flip as drawn on the CPU: all tops and lefts of a column at once, then the mirrors."""
     images = random_images(6, 5, 7, C)
-    batches = loader(images, pad=pad, flip=flip)
-    index = torch.randint(6, (60,), generator=generator(1))
-    views = batches.views(index, generator(2))
-    assert views.index.equal(index)
-    expected = [
-        by_torchvision(images[i], pad, top, left, mirror)
-        for i, top, left, mirror in zip(*(field.tolist() for field in views), strict=True)
-    ]
-    x = batches.load(views)
-    assert x.shape == (60, C, 5, 7) and x.dtype == torch.float32
-    torch.testing.assert_close(x, torch.stack(expected), rtol=1e-5, atol=1e-5, check_stride=False)
+    index = torch.randint(6, (60, 2), generator=generator(1))
+    batches = list(loader(images, pad=pad, flip=flip).epoch(index, 25, generator(2)))
+    drawn = generator(2)
+    for column in range(2):
+        top, left = torch.randint(2 * pad + 1, (2, 60), generator=drawn).tolist()
+        mirror = (torch.rand(60, generator=drawn) < (0.5 if flip else 0.0)).tolist()
+        views = zip(index[:, column], top, left, mirror, strict=True)
+        expected = torch.stack([by_torchvision(images[i], pad, t, s, m) for i, t, s, m in views])
+        x = torch.cat([batch[1 + column] for batch in batches])
+        assert x.shape == (60, C, 5, 7) and x.dtype == torch.float32
+        torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5, check_stride=False)
+    assert [part for part, *_ in batches] == split_evenly(60, 25)
 
 
-@pytest.mark.parametrize("pad", [0, 1, 4])
-def test_corners_of_the_padded_image(pad):
-    """The extreme offsets of the first and the last image: nothing is read from a neighbour."""
-    images = random_images(3, 5, 7, 3)
-    batches = loader(images, pad=pad, flip=True)
-    for i in (0, 2):
-        for top in (0, 2 * pad):
-            for left in (0, 2 * pad):
-                view = common.Views(*map(torch.tensor, ([i], [top], [left], [True])))
-                expected = by_torchvision(images[i], pad, top, left, True)
-                torch.testing.assert_close(batches.load(view)[0], expected, rtol=1e-5, atol=1e-5)
+def test_all_crops_are_drawn_at_the_call():
+    images = loader(random_images(5, 6, 6, 1), pad=2, flip=True)
+    one = generator(3)
+    epoch = images.epoch(torch.arange(5), 2, one)
+    state = one.get_state()
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = torch.cat([x for _, x in epoch])
+    assert one.get_state().equal(state) and torch.get_rng_state().equal(before)
+    again = torch.cat([x for _, x in images.epoch(torch.arange(5), 5, generator(3))])
+    assert first.equal(again)  # whatever the batches
+    other = torch.cat([x for _, x in images.epoch(torch.arange(5), 5, generator(4))])
+    assert not first.equal(other)
 
 
 @pytest.mark.parametrize("C", [1, 3])
-def test_evaluation_views_are_the_plain_images(C):
+def test_evaluation_gives_the_plain_images_in_order(C):
     images = random_images(4, 5, 7, C)
     batches = loader(images, pad=2, flip=True)
     plain = torch.stack([by_torchvision(image, 0, 0, 0, False) for image in images])
-    torch.testing.assert_close(
-        batches.load(batches.views(torch.arange(4))), plain, rtol=1e-5, atol=1e-5, check_stride=False
-    )
-
-
-@pytest.mark.parametrize("C", [1, 3])
-def test_batches_are_channels_last_in_memory(C):
-    batches = loader(random_images(4, 5, 7, C), pad=1, flip=True)
-    x = batches.load(batches.views(torch.arange(4), generator(0)))
-    assert x.is_contiguous(memory_format=torch.channels_last)
+    for found in (batches.load(torch.arange(4)), torch.cat([x for _, x in batches.all(3)])):
+        torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-5, check_stride=False)
+    assert batches.load(torch.arange(4), generator(0)).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_each_draw_of_an_image_is_a_view_of_its_own():
     batches = loader(random_images(1, 8, 8, 3), pad=4, flip=True)
-    x = batches.load(batches.views(torch.zeros(300, dtype=torch.long), generator(0)))
+    x = batches.load(torch.zeros(300, dtype=torch.long), generator(0))
     # 300 draws from 81 crops x 2: 162 (1 - (1 - 1/162)^300) = 136.7 of them are expected to be seen
     assert 110 < len(torch.unique(x.flatten(1), dim=0)) <= 162
 
 
 def test_views_are_uniform_over_all_offsets_and_mirrors():
     pad, T = 2, 20_000
-    batches = loader(random_images(1, 6, 6, 1), pad=pad, flip=True)
-    views = batches.views(torch.zeros(T, dtype=torch.long), generator(0))
-    side = 2 * pad + 1
-    cell = (views.top * side + views.left) * 2 + views.mirror
-    seen = torch.bincount(cell, minlength=2 * side**2)
-    assert len(seen) == 2 * side**2  # no offset beyond the padding
+    images = loader(random_images(1, 6, 6, 1), pad=pad, flip=True)
+    x = images.load(torch.zeros(T, dtype=torch.long), generator(0))
+    _, seen = torch.unique(x.flatten(1), dim=0, return_counts=True)
+    assert len(seen) == 2 * (2 * pad + 1) ** 2
     expected = T / len(seen)
     chi2 = float(((seen - expected) ** 2 / expected).sum())
     freedom = len(seen) - 1
     assert chi2 < freedom + 6 * (2 * freedom) ** 0.5  # chi-square: mean f, variance 2f
 
 
-def test_views_that_have_nothing_to_draw():
-    index = torch.zeros(1000, dtype=torch.long)
-    images = random_images(1, 6, 6, 1)
-    assert not loader(images, pad=2, flip=False).views(index, generator(0)).mirror.any()
-    views = loader(images, pad=0, flip=True).views(index, generator(0))
-    assert not views.top.any() and not views.left.any()
-
-
-def test_views_depend_on_their_generator_only():
-    batches = loader(random_images(5, 6, 6, 1), pad=2, flip=True)
-    index = torch.arange(5).repeat(20)
-    torch.manual_seed(1)
-    before = torch.get_rng_state()
-    first = batches.views(index, generator(3))
-    assert torch.get_rng_state().equal(before)
-    torch.manual_seed(2)
-    again, other = batches.views(index, generator(3)), batches.views(index, generator(4))
-    assert all(a.equal(b) for a, b in zip(first, again, strict=True))
-    assert not first.top.equal(other.top) and not first.mirror.equal(other.mirror)
-
-
-def test_slice_of_views_is_these_views():
-    batches = loader(random_images(5, 6, 7, 3), pad=2, flip=True)
-    views = batches.views(torch.arange(5).repeat(4), generator(0))
-    part = views[10:17]
-    assert isinstance(part, common.Views) and [len(field) for field in part] == [7] * 4
-    assert batches.load(part).equal(batches.load(views)[10:17])
-
-
-# %% Sampling orders
-
-
-@given(
-    sizes=st.lists(st.integers(1, 6), min_size=1, max_size=5),
-    takes=st.lists(st.lists(st.integers(0, 4), max_size=15), min_size=1, max_size=6),
-    seed=st.integers(0, 3),
-)
-def test_every_image_of_a_class_comes_once_a_cycle(sizes, takes, seed):
-    """However the draws are cut into takes: the images of class k, in the order they come, cut into groups of
-    n_k, are permutations of the class (the last group a part of one)."""
-    K = len(sizes)
-    y = shuffled_labels(sizes, seed)
-    cycles = ClassCycles(y, K, generator(seed))
-    came = {k: [] for k in range(K)}
-    for labels in takes:
-        labels = torch.tensor([label % K for label in labels], dtype=torch.long)
-        index = cycles.take(labels)
-        assert y[index].equal(labels)
-        for i, k in zip(index.tolist(), labels.tolist(), strict=True):
-            came[k].append(i)
-    for k, images in came.items():
-        members = set((y == k).nonzero().flatten().tolist())
-        for start in range(0, len(images), sizes[k]):
-            group = images[start : start + sizes[k]]
-            assert len(set(group)) == len(group) and set(group) <= members
-
-
-def test_cycles_are_shuffled_anew_and_by_their_own_generator():
-    y = shuffled_labels([50, 50])
-    ask = torch.zeros(50, dtype=torch.long)
-    torch.manual_seed(1)
-    before = torch.get_rng_state()
-    cycles = ClassCycles(y, 2, generator(0))
-    first, second = cycles.take(ask), cycles.take(ask)
-    assert torch.get_rng_state().equal(before)
-    assert not first.equal(second) and not first.equal(first.sort().values)
-    assert ClassCycles(y, 2, generator(0)).take(ask).equal(first)
-
-
-def test_cycles_go_on_from_a_state_to_the_same_bits():
-    y = shuffled_labels([7, 3, 5])
-    ask = torch.randint(3, (40,), generator=generator(0))
-    cycles = ClassCycles(y, 3, generator(1))
-    cycles.take(ask[:11])
-    state, rng = cycles.state_dict(), cycles.generator.get_state()
-    expected = torch.cat(
-        [cycles.take(ask), cycles.take(ask)]
-    )  # going on must not change the state that we hold
-    for _ in range(2):  # nor must going on from it
-        other = ClassCycles(y, 3, generator(2))
-        other.load_state_dict(state)
-        other.generator.set_state(rng)
-        assert torch.cat([other.take(ask), other.take(ask)]).equal(expected)
-
-
-def test_cycles_of_an_empty_class(user_error):
-    with user_error("class 1 "):
-        ClassCycles(torch.tensor([0, 2, 2]), 3, generator(0))
+@pytest.mark.parametrize("T, batch_size, ranks", [(349, 32, 2), (100, 7, 3), (5, 4, 2)])
+def test_every_rank_has_an_equal_share_of_each_batch(T, batch_size, ranks, monkeypatch):
+    images = random_images(1, 4, 4, 1)
+    shares = []
+    for rank in range(ranks):
+        monkeypatch.setattr(common, "ranks", lambda rank=rank: (rank, ranks))
+        epoch = loader(images).epoch(torch.zeros(T, dtype=torch.long), batch_size, generator(0))
+        shares.append([part for part, _ in epoch])
+    for batch in zip(*shares, strict=True):
+        assert len({part.stop - part.start for part in batch}) == 1
+        assert all(a.stop == b.start for a, b in itertools.pairwise(batch))
+    covered = [i for share in zip(*shares, strict=True) for part in share for i in range(T)[part]]
+    assert covered == list(range(T - T % ranks))
 
 
 @given(T=st.integers(1, 3000), batch_size=st.integers(1, 300))
@@ -816,3 +756,164 @@ def test_even_batches_cover_everything_once(T, batch_size):
     assert max(sizes) - min(sizes) <= 1 and max(sizes) <= batch_size
     if T > 1 and batch_size > 2:  # (three in batches of at most two: no way but 2 and 1)
         assert min(sizes) > 1
+
+
+# %% Fingerprints, and folders as they lie about
+
+
+def test_a_fingerprint_changes_with_an_image_a_label_and_a_name(tmp_path):
+    arrays = good_arrays()
+    images = arrays["train_x"].copy()
+    images[5, 0, 0] += 1
+    changed = {
+        "nothing": {},
+        "an image": {"train_x": images},
+        "a test image": {"test_x": arrays["test_x"][::-1]},
+        "a label": {"train_y": np.roll(arrays["train_y"], 1)},
+        "a name": {"classes": np.array([f"kind {k}" for k in range(10)])},
+    }
+    found = {}
+    for what, content in changed.items():
+        (tmp_path / what).mkdir()
+        np.savez(tmp_path / what / "mnist.npz", **arrays | content)
+        found[what] = load_dataset("mnist", tmp_path / what).fingerprint
+    assert len(set(found.values())) == len(changed)
+    assert load_dataset("mnist", tmp_path / "nothing").fingerprint == found["nothing"]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_fingerprint_changes_with_a_folders_files(streamed, tree, monkeypatch):
+    if streamed:
+        monkeypatch.setattr(common, "_FOLDER_LIMIT", 0)
+    before = load_dataset(f"folder:{tree}").fingerprint
+    assert load_dataset(f"folder:{tree}").fingerprint == before
+    save_image(next((tree / "train").iterdir()) / "another.png", flat(5, 5, 1, 2, 3))
+    assert load_dataset(f"folder:{tree}").fingerprint != before
+
+
+def ramp(top: float, dtype) -> Image.Image:
+    return Image.fromarray((np.arange(64).reshape(8, 8) / 63 * top).astype(dtype))
+
+
+@pytest.mark.parametrize("top, dtype, suffix", [(65535, np.uint16, "png"), (1, np.float32, "tif")])
+def test_images_of_more_than_8_bits_are_scaled(top, dtype, suffix, tree):
+    path = next((tree / "train").iterdir()) / f"0.{suffix}"
+    ramp(top, dtype).save(path)
+    found = common._read_image(str(path), 8)
+    expected = np.round(np.arange(64).reshape(8, 8) / 63 * 255)
+    assert abs(found[..., 0].astype(float) - expected).max() <= 1 and found.max() == 255
+
+
+def test_a_float_image_of_unknown_range_is_refused(tree, user_error):
+    path = next((tree / "train").iterdir()) / "0.tif"
+    ramp(300, np.float32).save(path)
+    with user_error(path, "0 to 300"):
+        load_dataset(f"folder:{tree}")
+
+
+def test_exif_turns_an_image_and_transparency_is_white(tmp_path):
+    upper = np.zeros((8, 8, 3), np.uint8)
+    upper[:4] = 200
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    Image.fromarray(upper).save(tmp_path / "turned.png", exif=exif)
+    assert common._read_image(str(tmp_path / "turned.png"), 8)[:, 0, 0].tolist() == [0] * 4 + [200] * 4
+    Image.new("RGBA", (8, 8), (10, 20, 30, 0)).save(tmp_path / "clear.png")
+    assert (common._read_image(str(tmp_path / "clear.png"), 8) == 255).all()
+
+
+def test_what_is_no_image_of_a_class_is_left_out_and_named_once(tree, capsys):
+    classes = load_dataset(f"folder:{tree}").classes
+    n = len(load_dataset(f"folder:{tree}").train_y)
+    capsys.readouterr()
+    (tree / "train" / ".ipynb_checkpoints").mkdir()
+    save_image(tree / "train" / ".ipynb_checkpoints" / "0.png", flat(5, 5, 1, 2, 3))
+    where = tree / "train" / classes[0]
+    (where / "notes.txt").write_text("no image")
+    (where / "all").symlink_to(tree)  # a link to an ancestor
+    Image.new("RGB", (6, 6), (9, 9, 9)).save(where / "photo.jfif", "JPEG")
+    data = load_dataset(f"folder:{tree}")
+    assert data.classes == classes and len(data.train_y) == n + 1  # the .jfif is read
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "left out" in line and ".txt" in line and ".ipynb_checkpoints/" in line and "all/" in line
+
+
+def test_a_flat_folder_is_split_by_class(tmp_path, user_error, capsys):
+    for k, name in enumerate(("a", "b")):
+        (tmp_path / name).mkdir()
+        for i in range(10):
+            save_image(tmp_path / name / f"{i}.png", flat(5, 5, 20 * i, 100 * k, 7))
+    with user_error("--test-share 0.2"):
+        load_dataset(f"folder:{tmp_path}")
+    data = load_dataset(f"folder:{tmp_path}", test_share=0.2)
+    assert data.counts.tolist() == [8, 8] and torch.bincount(data.test_y).tolist() == [2, 2]
+    assert "4 of 20 images" in capsys.readouterr().err
+    seen = {x.numpy().tobytes() for x in torch.cat([data.train_x, data.test_x])}
+    assert len(seen) == 20  # no image is in both
+    assert load_dataset(f"folder:{tmp_path}", test_share=0.2).test_x.equal(data.test_x)
+
+
+def test_a_long_tail_of_uneven_classes_says_its_ratio(tmp_path, capsys):
+    for split, sizes in (("train", (5, 60, 60, 60)), ("test", (1, 1, 1, 1))):
+        for k, n in enumerate(sizes):
+            (tmp_path / split / f"c{k}").mkdir(parents=True)
+            for i in range(n):
+                save_image(tmp_path / split / f"c{k}" / f"{i}.png", flat(4, 4, i, k, 0))
+    data = load_dataset(f"folderlt:{tmp_path}", imbalance=100, image_size=4)
+    counts = data.counts
+    assert counts.argmax() == 1  # the largest class is the head
+    assert f"a ratio of {counts.max() / counts.min():.4g}, not 100" in capsys.readouterr().err
+
+
+def test_one_class_and_a_class_without_images_are_refused(tmp_path, tree, user_error):
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
+    for split in ("train", "test"):
+        (tmp_path / "one" / split / "only").mkdir(parents=True)
+        shutil.copy(tmp_path / "x.png", tmp_path / "one" / split / "only")
+    with user_error("only", "two classes"):
+        load_dataset(f"folder:{tmp_path / 'one'}")
+    arrays = good_arrays()
+    np.savez(tmp_path / "mnist.npz", **arrays | {"train_y": np.zeros_like(arrays["train_y"])})
+    with user_error("--dataset mnist", "class 1", "no training image"):
+        load_dataset("mnist", tmp_path)
+
+
+@pytest.mark.parametrize("name, expected", [
+    ("digitslt", ("digits", True, "")),
+    ("cifar100", ("cifar100", False, "")),
+    ("folderlt:a/b", ("folder", True, "a/b")),
+])  # fmt: skip
+def test_a_name_is_split_in_one_place(name, expected):
+    assert common.split_name(name) == expected
+
+
+def test_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert common.split_name("folder:~/x") == ("folder", False, str(tmp_path / "x"))
+    np.savez(tmp_path / "mnist.npz", **good_arrays())
+    assert len(load_dataset("mnist", "~").train_y) == 23
+
+
+def test_kerass_mnist_and_names_as_bytes(tmp_path):
+    arrays = good_arrays()
+    keys = {"train_x": "x_train", "train_y": "y_train", "test_x": "x_test", "test_y": "y_test"}
+    np.savez(tmp_path / "mnist.npz", **{ours: arrays[key].squeeze() for key, ours in keys.items()})
+    data = load_dataset("mnist", tmp_path)
+    assert data.train_x.equal(torch.from_numpy(arrays["train_x"])) and data.classes == tuple("0123456789")
+    (tmp_path / "b").mkdir()
+    np.savez(tmp_path / "b" / "mnist.npz", **arrays | {"classes": np.array([b"zero", *map(bytes, range(9))])})
+    assert load_dataset("mnist", tmp_path / "b").classes[0] == "zero"
+
+
+LIMITS = {"0::/a/b\n": "memory.max", "4:memory:/a/b\n": "memory.limit_in_bytes"}  # cgroup 2 and 1
+
+
+@pytest.mark.parametrize("line, name", LIMITS.items())
+def test_a_containers_memory_limit_is_seen(line, name, tmp_path):
+    (tmp_path / "cgroup").write_text(line)
+    kind = "" if line.startswith("0") else "memory"
+    where = tmp_path / "limits" / kind / "a"
+    where.mkdir(parents=True)
+    (where / name).write_text(f"{2**27}\n")  # of the group above ours
+    assert common._memory(str(tmp_path / "cgroup"), str(tmp_path / "limits")) == 2**27
+    assert common._memory(str(tmp_path / "cgroup"), str(tmp_path / "nothing")) > 2**27

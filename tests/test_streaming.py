@@ -4,7 +4,6 @@ The tests' folder is small, so the limit is lowered below it; all else is as in 
 """
 
 import importlib
-import itertools
 import json
 import multiprocessing
 import os
@@ -20,7 +19,7 @@ import torch
 from PIL import Image
 
 import common
-from common import Batches, FolderImages, load_dataset, split_evenly
+from common import Batches, FolderImages, load_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = 8
@@ -65,14 +64,6 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def no_workers_left() -> bool:
-    """Worker processes end when they are told to: soon, on a busy machine not at once."""
-    until = time.monotonic() + 60
-    while multiprocessing.active_children() and time.monotonic() < until:
-        time.sleep(0.01)
-    return not multiprocessing.active_children()
-
-
 # %% What is streamed, and what stands for its images
 
 
@@ -97,7 +88,7 @@ def test_labels_statistics_and_pixels_are_those_of_memory(folder):
     held, streamed = load(folder, False), load(folder, True)
     assert streamed.train_y.equal(held.train_y) and streamed.test_y.equal(held.test_y)
     assert streamed.mean.equal(held.mean) and streamed.std.equal(held.std)
-    assert streamed[4:5] == held[4:5] and streamed[7:] == held[7:]  # classes; pad and flip
+    assert (streamed.classes, streamed.pad, streamed.flip) == (held.classes, held.pad, held.flip)
     assert streamed.train_x.shape == held.train_x.shape == (sum(TRAIN), SIZE, SIZE, 3)
     assert streamed.train_x.decode().equal(held.train_x) and streamed.test_x.decode().equal(held.test_x)
 
@@ -113,7 +104,7 @@ def test_statistics_are_counted_over_all_chunks():
 
 def test_long_tail_is_the_same_subset(folder):
     held, streamed = load(folder, False, "folderlt"), load(folder, True, "folderlt")
-    assert held.counts.tolist() == [9, 5, 3, 2]  # 9 = 36 images / 4 classes, but class 1 has its quota too
+    assert held.counts.tolist() == [9, 2, 5, 3]  # 9 = 36 images / 4 classes; the largest class is the head
     assert streamed.train_y.equal(held.train_y) and streamed.train_x.decode().equal(held.train_x)
     assert streamed.mean.equal(held.mean)
 
@@ -147,71 +138,60 @@ def loaders(folder: Path, pad: int = 2, flip: bool = True) -> tuple[Batches, Bat
     )
 
 
+def draws(n: int) -> torch.Tensor:
+    return torch.randint(sum(TRAIN), (n, 2), generator=generator(0))  # some images more than once
+
+
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("pad, flip", [(0, False), (2, False), (3, True)])
+@pytest.mark.parametrize("pad, flip", [(0, False), (3, True)])
 def test_batches_are_those_of_memory_bit_for_bit(workers, pad, flip, folder, monkeypatch):
     monkeypatch.setattr(common, "WORKERS", workers)
     held, streamed = loaders(folder, pad, flip)
-    index = torch.randint(sum(TRAIN), (50,), generator=generator(0))  # some images more than once
-    views = held.views(index, generator(1))
-    assert all(a.equal(b) for a, b in zip(views, streamed.views(index, generator(1)), strict=True))
-    assert (views.mirror.any(), views.top.any()) == (flip, pad > 0)
-    parts = [slice(0, 40), *(slice(40 + i, 41 + i) for i in range(10))]  # the first takes longest to read
-    batches = list(streamed.sequence(views, parts))
-    assert len(batches) == len(parts)
-    for x, expected, part in zip(batches, held.sequence(views, parts), parts, strict=True):
-        assert x.equal(expected) and expected.equal(held.load(views[part]))  # and they came in order
-        assert x.stride() == expected.stride()
-    assert streamed.load(views).equal(held.load(views))
-    plain = streamed.views(torch.arange(sum(TRAIN)))
-    assert streamed.load(plain).equal(held.load(plain))
+    for batch_size in (40, 7):
+        expected = list(held.epoch(draws(50), batch_size, generator(1)))
+        found = list(streamed.epoch(draws(50), batch_size, generator(1)))
+        assert [part for part, *_ in found] == [part for part, *_ in expected]
+        for (_, *ours), (_, *theirs) in zip(found, expected, strict=True):
+            assert all(a.equal(b) and a.stride() == b.stride() for a, b in zip(ours, theirs, strict=True))
+    index = draws(9)[:, 0]
+    assert streamed.load(index, generator(2)).equal(held.load(index, generator(2)))
+    for (_, x), (_, y) in zip(streamed.all(10), held.all(10), strict=True):
+        assert x.equal(y)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory needs CUDA")
-def test_batches_on_the_card_are_those_of_memory(folder, monkeypatch):
-    monkeypatch.setattr(common, "WORKERS", 2)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_batches_on_the_card_are_those_of_memory(folder):
     held, streamed = (
         Batches(data.train_x, data.mean, data.std, pad=2, flip=True, device="cuda")
         for data in (load(folder, False), load(folder, True))
     )
-    views, parts = held.views(torch.arange(sum(TRAIN)), generator(0)), split_evenly(sum(TRAIN), 4)
-    for x, expected in zip(streamed.sequence(views, parts), held.sequence(views, parts), strict=True):
-        assert x.is_cuda and x.equal(expected)
-    assert streamed.load(views).equal(held.load(views))
+    epochs = [loader.epoch(draws(30), 4, generator(0)) for loader in (streamed, held)]
+    for (_, *ours), (_, *theirs) in zip(*epochs, strict=True):
+        assert all(a.is_cuda and a.equal(b) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_worker_processes_read_and_draw_nothing(folder, monkeypatch):
-    """All that is random was drawn with the views: torch's own generator, dropout's, is not touched."""
+def test_worker_processes_stay_over_epochs_and_draw_nothing(folder, monkeypatch):
+    """To start them may take as long as an epoch; torch's own generator, dropout's, is not touched."""
     monkeypatch.setattr(common, "WORKERS", 2)
+    monkeypatch.setattr(common, "_READERS", [])
     _, streamed = loaders(folder)
-    views = streamed.views(torch.arange(sum(TRAIN)), generator(0))
     before = torch.get_rng_state()
-    images = streamed.sequence(views, split_evenly(sum(TRAIN), 4))
-    next(images)
-    assert len(multiprocessing.active_children()) == 2
-    list(images)
+    others = {child.pid for child in multiprocessing.active_children()}
+    list(streamed.epoch(draws(20), 4, generator(0)))
+    first = {child.pid for child in multiprocessing.active_children()} - others
+    list(streamed.epoch(draws(20), 4, generator(0)))
+    assert {child.pid for child in multiprocessing.active_children()} - others == first and len(first) == 2
     assert torch.get_rng_state().equal(before)
 
 
-def test_two_sequences_side_by_side(folder, monkeypatch):
+def test_two_epochs_side_by_side(folder, monkeypatch):
     monkeypatch.setattr(common, "WORKERS", 2)
     held, streamed = loaders(folder)
-    parts = split_evenly(sum(TRAIN), 5)
-    views = [held.views(torch.randperm(sum(TRAIN), generator=generator(i)), generator(i)) for i in range(2)]
-    a, b = (streamed.sequence(view, parts) for view in views)
-    for part in parts:
-        assert next(a).equal(held.load(views[0][part]))
-        assert next(b).equal(held.load(views[1][part]))
-    assert no_workers_left()  # though a and b are still there
-
-
-def test_a_sequence_that_is_given_up_ends_its_workers(folder, monkeypatch):
-    monkeypatch.setattr(common, "WORKERS", 2)
-    _, streamed = loaders(folder)
-    images = streamed.sequence(streamed.views(torch.arange(sum(TRAIN))), split_evenly(sum(TRAIN), 2))
-    next(images)
-    del images
-    assert no_workers_left()
+    ours = [streamed.epoch(draws(30), 5, generator(i)) for i in range(2)]
+    theirs = [held.epoch(draws(30), 5, generator(i)) for i in range(2)]
+    for _ in range(6):
+        for a, b in zip(ours, theirs, strict=True):
+            assert all(x.equal(y) for x, y in zip(next(a)[1:], next(b)[1:], strict=True))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -222,24 +202,34 @@ def test_a_broken_image_is_named_wherever_it_is_read(workers, tmp_path, monkeypa
     broken = broken if broken.exists() else broken.with_suffix(".jpg")
     broken.write_bytes(broken.read_bytes()[:60])
     monkeypatch.setattr(common, "WORKERS", workers)
-    images = streamed.sequence(streamed.views(torch.arange(sum(TRAIN))), split_evenly(sum(TRAIN), 4))
     with user_error(f"{broken}: not a readable image"):
-        list(images)
-    assert no_workers_left()
+        list(streamed.all(4))
     with user_error(f"{broken}: not a readable image"):
         load(tmp_path, True)  # the pass for mean and std meets it too
+
+
+def test_a_killed_worker_is_one_line(folder, monkeypatch, user_error):
+    monkeypatch.setattr(common, "WORKERS", 1)
+    monkeypatch.setattr(common, "_READERS", [])
+    _, streamed = loaders(folder)
+    before = set(multiprocessing.active_children())
+    epoch = streamed.epoch(draws(30), 2, generator(0))
+    next(epoch)
+    (worker,) = set(multiprocessing.active_children()) - before
+    os.kill(worker.pid, signal.SIGKILL)
+    with user_error("--batch-size"):
+        list(epoch)
 
 
 # %% Scripts
 
 RUNS = {
     "bmls_msclf": ["--method", "bmls+ms"],
-    "etf_dr": ["--method", "etf+dr+mixup", "--network", "resnet32"],
+    "etf_dr": ["--method", "etf+dr+mixup", "--net", "cnn"],
     "hug": ["--method", "hug-mhe", "--net", "cnn"],
     "nc_metrics": ["--method", "ce", "--net", "cnn", "--augment"],
     "fno_continual": ["--method", "der++", "--classifier", "fno", "--net", "cnn", "--tasks", "2"],
-    "spherization": ["--task", "retain", "--method", "sphere", "--network", "mlp", "--train-size", "30"],
-    "spherization fewshot": "--task fewshot --method cosine+sphere --way 2 --shots 1 --queries 2".split(),
+    "spherization": ["--task", "retain", "--method", "sphere", "--net", "mlp", "--train-size", "30"],
 }
 
 
@@ -258,11 +248,11 @@ def numbers(out: Path) -> dict:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_every_script_gives_the_same_numbers(name, folder, tmp_path, monkeypatch, capsys):
-    script = importlib.import_module(name.split()[0])
+    script = importlib.import_module(name)
     monkeypatch.setattr(common, "WORKERS", 1)
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, path, **_: Path(path).touch())
     argv = ["--dataset", f"folder:{folder}", "--image-size", str(SIZE), "--dry-run", *RUNS[name]]
-    argv += ["--batch-size", "6"] if "fewshot" not in name else ["--episodes", "3"]
+    argv += ["--batch-size", "6"]
     for out, limit in (("held", 2**30), ("streamed", 0)):
         monkeypatch.setattr(common, "_FOLDER_LIMIT", limit)
         script.main([*argv, "--device", "cpu", "--precision", "fp32", "--out", str(tmp_path / out)])
@@ -277,7 +267,7 @@ def test_every_script_gives_the_same_numbers(name, folder, tmp_path, monkeypatch
             assert all(np.array_equal(a[key], b[key], equal_nan=True) for key in a.files)
 
 
-def test_a_broken_test_image_ends_a_script_with_one_line(tmp_path, monkeypatch, capsys):
+def test_a_broken_test_image_ends_a_script_with_one_line(tmp_path, monkeypatch, capsys, user_error):
     import bmls_msclf
 
     write_images(tmp_path / "images")
@@ -286,53 +276,16 @@ def test_a_broken_test_image_ends_a_script_with_one_line(tmp_path, monkeypatch, 
     monkeypatch.setattr(common, "_FOLDER_LIMIT", 0)
     monkeypatch.setattr(common, "WORKERS", 2)
     argv = ["--dataset", f"folder:{tmp_path / 'images'}", "--image-size", str(SIZE), "--method", "ce"]
-    with pytest.raises(SystemExit) as end:
-        bmls_msclf.main([*argv, "--dry-run", "--out", str(tmp_path / "out")])
-    told, error = capsys.readouterr().err.splitlines()
-    assert end.value.code == 2 and "stream" in told
-    assert error.startswith(f"bmls_msclf.py: error: {broken}: not a readable image")
-    assert no_workers_left()
-
-
-def test_ctrl_c_waits_while_workers_start_and_end():
-    done = []
-    with pytest.raises(KeyboardInterrupt):
-        with common._interrupt_waits():
-            signal.raise_signal(signal.SIGINT)
-            done.append(1)
-        done.append(2)  # not reached: the interrupt comes at the block's end
-    assert done == [1]
-    with pytest.raises(KeyboardInterrupt):  # and at once, from then on
-        signal.raise_signal(signal.SIGINT)
-
-
-def test_ctrl_c_waits_for_the_batch_that_a_worker_hands_over(folder, monkeypatch):
-    """Let go in the middle of it, the worker would find its connection broken and print a traceback."""
-    crop, asked = common.StreamedCrops.__call__, itertools.count()
-
-    def interrupt_and_crop(crops, views):  # in the worker, while the program waits for it
-        time.sleep(0.2)
-        if next(asked) == 2:
-            os.kill(os.getppid(), signal.SIGINT)
-            time.sleep(0.2)
-        return crop(crops, views)
-
-    monkeypatch.setattr(common.StreamedCrops, "__call__", interrupt_and_crop)
-    monkeypatch.setattr(common, "WORKERS", 1)
-    data = load(folder, streamed=True)
-    batches = Batches(data.train_x, data.mean, data.std)
-    views, seen = batches.views(torch.arange(len(data.train_x))), 0
-    with pytest.raises(KeyboardInterrupt) as interrupt:
-        for _ in batches.sequence(views, split_evenly(len(data.train_x), 3)):
-            seen += 1
-    assert seen == 2 and not any("dataloader" in str(entry.path) for entry in interrupt.traceback)
-    assert no_workers_left()
+    with user_error(f"{broken}: not a readable image"):
+        bmls_msclf.main([*argv, "--epochs", "1", "--out", str(tmp_path / "out")])
+    assert "stream" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT to a process group")
 def test_ctrl_c_ends_the_workers_too(folder, tmp_path):
     """As a terminal does it: the interrupt reaches the program and all of its workers at once."""
-    program = "import common, bmls_msclf as s; common._FOLDER_LIMIT = 0; common.WORKERS = 2; s.main()"
+    program = "import common, bmls_msclf as s; common._FOLDER_LIMIT = 0; common.WORKERS = 2; "
+    program += "common.command_line(s.main)"
     argv = ["--dataset", f"folder:{folder}", "--image-size", str(SIZE), "--method", "bmls", "--device", "cpu"]
     argv += ["--epochs", "9999", "--batch-size", "4", "--out", str(tmp_path)]
     process = subprocess.Popen(
@@ -350,7 +303,7 @@ def test_ctrl_c_ends_the_workers_too(folder, tmp_path):
         os.killpg(process.pid, signal.SIGINT)
         error = process.communicate(timeout=300)[1]
         told, *_, last = error.strip().splitlines()
-        assert process.returncode == 130 and "stream" in told and last.endswith("--resume")
+        assert process.returncode == 130 and "stream" in told and "the same command goes on" in last
         assert "Traceback" not in error
         with pytest.raises(ProcessLookupError):  # the group is empty
             until = time.monotonic() + 60

@@ -22,20 +22,14 @@ def test_classes_in_label_order():
     assert split_tasks(3, 3).tolist() == [0, 1, 2]
 
 
-@given(K=st.integers(1, 30), tasks=st.integers(1, 30), seed=st.one_of(st.none(), st.integers(0, 5)))
-def test_every_task_gets_classes_and_none_many_more(K, tasks, seed):
+@given(K=st.integers(1, 30), tasks=st.integers(1, 30))
+def test_every_task_gets_classes_and_none_many_more(K, tasks):
     if tasks > K:
         return
-    task = split_tasks(K, tasks, seed)
+    task = split_tasks(K, tasks)
     sizes = torch.bincount(task, minlength=tasks)
-    assert task.shape == (K,) and len(sizes) == tasks
+    assert task.shape == (K,) and len(sizes) == tasks and task.equal(task.sort().values)
     assert sizes.min() >= 1 and sizes.max() - sizes.min() <= 1
-
-
-def test_the_order_seed_shuffles_and_repeats():
-    one, two, same = split_tasks(100, 10, 1), split_tasks(100, 10, 2), split_tasks(100, 10, 1)
-    assert torch.equal(one, same) and not torch.equal(one, two)
-    assert not torch.equal(one, split_tasks(100, 10))
 
 
 @pytest.mark.parametrize("tasks", [0, -1, 4])
@@ -123,7 +117,7 @@ def test_the_table_of_a_stream(tmp_path):
             "commit": "0" * 40,
             "hardware": "abacus",
         }
-        result = {"class_il": class_il, "task_il": 0.9, "forgetting": 0.1, "seconds": 60}
+        result = {"method": "er", "class_il": class_il, "task_il": 0.9, "forgetting": 0.1, "seconds": 60}
         (folder / "config.json").write_text(json.dumps(config))
         (folder / "result.json").write_text(json.dumps(result))
     lines = collect.main([str(tmp_path)]).splitlines()
