@@ -1436,8 +1436,11 @@ def data_parallel(part: torch.nn.Module) -> torch.nn.Module:
     On CUDA BatchNorm's statistics are those of the whole batch; on a CPU, where PyTorch has no such layer,
     those of the rank's share.
     """
-    learns = any(p.requires_grad for p in part.parameters())
-    if ranks()[1] == 1 or not learns:
+    if ranks()[1] == 1:
+        return part
+    if not any(p.requires_grad for p in part.parameters()):
+        for tensor in part.state_dict().values():  # nothing to average, but all have rank 0's
+            dist.broadcast(tensor, 0)
         return part
     if next(part.parameters()).is_cuda:
         torch.nn.SyncBatchNorm.convert_sync_batchnorm(part)  # in place, under the same names
@@ -2072,6 +2075,9 @@ def command_line(main) -> None:
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except Exception:
+        time.sleep(5 if ranks()[0] else 0)  # torchrun ends it before, where rank 0 has failed first
+        raise
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(1 if result.get("ok") is False else 0)

@@ -24,16 +24,7 @@ from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import bmls_msclf as script
-from common import (
-    Batches,
-    ClassCycles,
-    hardware,
-    long_tail_counts,
-    pick_device,
-    pick_precision,
-    split_evenly,
-    table,
-)
+from common import Batches, hardware, long_tail_counts, pick_device, pick_precision, table
 
 MEAN, STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 
@@ -99,9 +90,8 @@ def main() -> None:
             x.to(device, non_blocking=True)
 
     def our_epoch():
-        views = ours.views(torch.randperm(N, generator=generator), generator)
-        for part in split_evenly(N, B):
-            ours.load(views[part])
+        for _ in ours.epoch(torch.randperm(N, generator=generator), B, generator):
+            pass
 
     rates = {
         "DataLoader, 2 workers": N / best_epoch(usual_epoch, wait),
@@ -116,7 +106,7 @@ def main() -> None:
         {"network": script.ResNet32(), "classifier": script.Classifier(K, 64, "linear", False, 16.0)}
     ).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=2e-4)
-    cycles, pairs = ClassCycles(labels, K, generator), script.PairSampler(K, generator)
+    sampler = script.BalancedMixedLabelSampler(labels, K, generator)
     spent = {"draw the epoch": 0.0, "load and mix": 0.0, "forward, backward, step": 0.0}
     mark = [0.0]
 
@@ -128,25 +118,26 @@ def main() -> None:
         mark[0] = now
 
     charge(None)
-    drawn = script.draw_pairs("balanced", N, labels, K, cycles, pairs)
-    views = [ours.views(drawn[:, i], generator) for i in range(2)]
-    a, b = (labels[drawn[:, i]].to(device) for i in range(2))
-    lam = torch.rand(1, generator=generator).to(device)
+    drawn = sampler.draw(N)
+    batches = ours.epoch(drawn, B, generator)
+    lam = torch.rand(N, generator=generator).to(device)
     charge("draw the epoch")
-    parts = split_evenly(N, B)
-    spent["draw the epoch"] *= args.steps / len(parts)  # the share of it that falls to the timed steps
-    for step in range(args.steps + 5):
-        part = parts[step % len(parts)]
-        x = lam * ours.load(views[0][part]) + (1 - lam) * ours.load(views[1][part])
+    spent["draw the epoch"] *= args.steps * B / N  # the share of it that falls to the timed steps
+    for step, (part, x_a, x_b) in enumerate(batches):
+        mix = lam[part, None, None, None]
+        x = mix * x_a + (1 - mix) * x_b
         charge("load and mix" if step >= 5 else None)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             h = model["network"](x)
         z = model["classifier"](h)[2]
-        loss = script.ms_raw(z, a[part], b[part], lam)
+        a, b = labels[drawn[part]].to(device).unbind(1)
+        loss = script.ms_raw(z, a, b, lam[part])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         charge("forward, backward, step" if step >= 5 else None)
+        if step == args.steps + 4:
+            break
     whole = sum(spent.values())
     rows = [[name, f"{1000 * s / args.steps:.2f}", f"{100 * s / whole:.1f}"] for name, s in spent.items()]
     print(f"\n{table(['part of a training epoch', 'ms a step', '% of the epoch'], rows)}")

@@ -203,7 +203,7 @@ def test_interrupted_and_gone_on_with_is_the_same_to_the_last_bit(script, method
 
 @pytest.mark.parametrize("script, flags, words", [
     (bmls_msclf, "--batch-size 3", ["--batch-size 3", "2 processes", "4 or more"]),
-    (etf_dr, "--lr 1e30 --reweight on", ["not finite", "--lr", "checkpoint: none"]),
+    (etf_dr, "--dataset digits --lr 1e30 --reweight on", ["not finite", "--lr", "checkpoint: none"]),
     (etf_dr, "--data-dir /dev/null --dataset mnist", ["/dev/null"]),
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_no_hang(script, flags, words, tmp_path):
