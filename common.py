@@ -1943,8 +1943,10 @@ def _check_same(run: Run, flags: dict, data: Dataset) -> None:
     before = run.config.get("flags", {})
     for flag in sorted(before.keys() | flags.keys()):
         if before.get(flag) != flags.get(flag):
-            changed = f"--{flag.replace('_', '-')} {before.get(flag)}, not {flags.get(flag)}"
-            raise UserError(f"{run.folder}: was run with {changed}; --overwrite it or choose another --out")
+            name = f"--{flag.replace('_', '-')}"
+            changed = f"{name} {before.get(flag)}, not {flags.get(flag)}"
+            instead = f"give the same {name}, --overwrite it or choose another --out"
+            raise UserError(f"{run.folder}: was run with {changed}; {instead}")
     if run.config.get("data") != data.fingerprint:
         found = f"{run.config.get('data')}, not {data.fingerprint}"
         raise UserError(f"{run.folder}: was run on other data ({found}); --overwrite it or change --out")

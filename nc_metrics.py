@@ -923,6 +923,8 @@ def read_features(path: Path) -> tuple[dict[str, Tensor], int]:
 def report(args: argparse.Namespace) -> dict:
     """--features and --run: every metric as JSON, or as a table and then maps of cosines."""
     path = args.features if args.features else args.run / "features.npz"
+    if args.run and (Run(args.run).finished or {}).get("task") == "fewshot":
+        raise UserError(f"--run {args.run}: a few-shot run is tested on other classes than it was trained on")
     found, K = read_features(path)
     device = metric_device(pick_device(args.device))
     found = {key: array.to(device) for key, array in found.items()}

@@ -520,3 +520,9 @@ def test_targets_of_collapse():
     assert targets["rest"] == "1.11111" and targets["angle"] == "96.3794" and targets["rank"] == "9"
     beyond = script.collapse_targets(100, 64)
     assert beyond["rest"] == beyond["log"] == "-" and beyond["rank"] == "64" and beyond["0"] == "0"
+
+
+def test_a_few_shot_run_has_no_common_classes(tmp_path, user_error):
+    (tmp_path / "result.json").write_text('{"task": "fewshot", "method": "cosine"}')
+    with user_error("--run", "few-shot", "other classes"):
+        script.main(["--run", str(tmp_path), "--out", str(tmp_path)])

@@ -186,7 +186,7 @@ def test_run_without_a_checkpoint_starts_anew_with_any_flags(start, folder):
 @pytest.mark.parametrize(
     "flags, name",
     [
-        ({**FLAGS, "lr": 0.2}, "--lr 0.1, not 0.2"),
+        ({**FLAGS, "lr": 0.2}, "--lr 0.1, not 0.2; give the same --lr"),
         ({**FLAGS, "weight_decay": 1.0}, "--weight-decay"),  # a flag that is new
         ({"lr": 0.1, "sizes": (1, 2)}, "--epochs 3"),  # and one that is gone
     ],
