@@ -1897,6 +1897,7 @@ class Run:
 
 # Flags that say where or how often, not what is computed: a run may go on with other values of these.
 NOT_IN_CONFIG = {"out", "data_dir", "method", "seed", "device", "overwrite", "synthetic", "folder", "dry_run"}
+NOT_IN_CONFIG |= {"script"}
 
 
 def open_run(args: argparse.Namespace, name: str, seed: int, data: Dataset, **flags) -> Run:

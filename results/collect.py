@@ -67,7 +67,7 @@ PLAIN = {
     "within_cosine": "within cosine",
 }
 # Where and how a run was written, not what it computed
-LEFT_OUT = {"seed", "eval_every", "compile", "dry_run"}
+LEFT_OUT = {"seed", "eval_every", "compile", "dry_run", "script", "test_share", "image_size"}
 
 
 def read_runs(folders: list[Path]) -> list[Run]:
