@@ -1614,6 +1614,8 @@ def prepare_data(args: argparse.Namespace, per_class: int = 0) -> Dataset:
     least = 2 * ranks()[1]  # BatchNorm needs two images in each process
     if args.batch_size < least:
         raise UserError(f"--batch-size {args.batch_size}: for {ranks()[1]} processes, {least} or more")
+    if args.device.type == "cpu" and data.train_x.shape[1] <= 16:
+        torch.set_num_threads(1)  # on 8 x 8 images more of them only wait for each other
     n = data.counts
     sizes = f"{len(data.train_y):,} training images ({n.max()} to {n.min()} per class)"
     print(f"{args.dataset}: {len(n)} classes, {sizes}, {len(data.test_y):,} test images")
