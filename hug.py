@@ -843,7 +843,7 @@ def draw_circles(path: Path, arrays: dict[str, dict]) -> None:
     save_figure(path, figure)
 
 
-def print_results(runs: list[Run], folder: Path) -> None:
+def print_results(args: argparse.Namespace, runs: list[Run]) -> None:
     """A table with one row per method, mean ± std over seeds, and what its columns and figures mean."""
     percent = ["accuracy", "train_accuracy", "best_accuracy", "ece", "fgsm", "pgd", *CORRUPTIONS]
     rows = []
@@ -857,14 +857,15 @@ def print_results(runs: list[Run], folder: Path) -> None:
         rows.append([name, len(found), *cells])
     header = ["method", "seeds", "accuracy", "train", "best", "ECE", "FGSM", "PGD", *CORRUPTIONS]
     print("\n" + table([*header, "angle", "energy", "within"], rows))
-    print("""accuracy: % of the test images after the last epoch; train: of the training images, unaugmented
+    print(f"""accuracy: % of the test images after the last epoch; train: of the training images, unaugmented
 best: highest accuracy of the tested epochs, chosen on the test set; ECE: calibration error, %
-FGSM, PGD: % right under attack (linf 8/255, one step and ten); noise, blur, brightness: under corruption
+FGSM, PGD: % right under attack, linf {args.attack_radius:g}/255, in one step and in {args.attack_steps}
+noise, blur, brightness: % right under corruption
 angle: smallest angle between two class vectors, degrees; energy: theirs over the least known, 1 at best
 within: mean distance of a unit training feature to its class's mean direction, 0 at full collapse""")
     for name in dict.fromkeys(run.name for run in runs):
         print(f"{name}: {METHODS[name].about}")
-    print(f"""figures in {folder}:
+    print(f"""figures in {args.folder}:
   gap.png         both terms of the gap over epochs: 1 and 0 at generalized neural collapse
   robustness.png  accuracy under PGD by radius
   circle.png      d = 2: class vectors (lines) and test features (dots) by direction""")
@@ -915,7 +916,7 @@ def main(argv: list[str] | None = None) -> dict:
                 run.finish(train(args, name, seed, data, run))
                 draw_figures(run.folder, [run])
             runs.append(run)
-    print_results(runs, args.folder)
+    print_results(args, runs)
     draw_figures(args.folder, finished_runs(args, runs))
     return {"results": [run.finished for run in runs], "folder": str(args.folder)}
 
