@@ -713,12 +713,12 @@ _READERS: list[DataLoader] = []  # idle ones; their processes stay: to start the
 class _Files:
     """What worker processes do: decode. Small, since it is pickled to them."""
 
-    def __getitem__(self, request: tuple[list[str], int]) -> np.ndarray | UserError:
+    def __getitem__(self, request: tuple[list[str], int]) -> np.ndarray | str:
         files, size = request
         try:
             return np.stack([_read_image(file, size) for file in files])
         except UserError as error:  # raised here, it would arrive with this process's traceback in its text
-            return error
+            return str(error)
 
 
 def _ignore_interrupt(worker: int) -> None:
@@ -741,11 +741,16 @@ def _start_reader() -> DataLoader:
         worker_init_fn=_ignore_interrupt,
         generator=torch.Generator(),  # else it draws from torch's own, and dropout would be another one
     )
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited, so that it holds while they start
+    kinds = [getattr(signal, kind) for kind in ("SIGINT", "SIGCHLD") if hasattr(signal, kind)]
+    before = {kind: signal.getsignal(kind) for kind in kinds}
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited, so that it holds while they start
     try:
-        iter(reader)
+        iter(
+            reader
+        )  # its own SIGCHLD handler would raise anywhere in the program, not at the next batch only
     finally:
-        signal.signal(signal.SIGINT, before)
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
     return reader
 
 
@@ -762,8 +767,8 @@ def _read_ahead(requests: list[tuple[list[str], int]]) -> Iterator[np.ndarray]:
             pixels = next(results)
         except RuntimeError as error:  # DataLoader's, for a worker that was killed
             raise UserError(f"{error}; out of memory? Lower --batch-size or --image-size") from None
-        if isinstance(pixels, UserError):
-            raise pixels
+        if isinstance(pixels, str):
+            raise UserError(pixels)
         yield pixels
     if WORKERS:
         _READERS.append(reader)  # not after an error: then its workers end with it
@@ -1897,6 +1902,7 @@ class Run:
 
 # Flags that say where or how often, not what is computed: a run may go on with other values of these.
 NOT_IN_CONFIG = {"out", "data_dir", "method", "seed", "device", "overwrite", "synthetic", "folder", "dry_run"}
+NOT_IN_CONFIG |= {"script"}
 
 
 def open_run(args: argparse.Namespace, name: str, seed: int, data: Dataset, **flags) -> Run:

@@ -476,6 +476,15 @@ def test_neither_file_nor_network(name, tmp_path, user_error):
     assert not (tmp_path / f"{name}.npz").exists()
 
 
+def test_a_downloads_whole_reason_is_said_in_one_line(tmp_path, user_error, monkeypatch):
+    def refuse(self):
+        raise RuntimeError("Error downloading x.gz:\nTried https://a.example/\nHTTP Error 403: Forbidden")
+
+    monkeypatch.setattr(datasets.MNIST, "download", refuse)
+    with user_error("--dataset mnist", "Error downloading x.gz", "https://a.example/", "403: Forbidden"):
+        load_dataset("mnist", tmp_path)
+
+
 def test_two_programs_that_keep_the_same_data_at_once(tmp_path, monkeypatch):
     """Two seeds started together: the one must not rename what the other is still writing."""
     arrays = good_arrays()

@@ -202,8 +202,15 @@ def test_a_broken_image_is_named_wherever_it_is_read(workers, tmp_path, monkeypa
     broken = broken if broken.exists() else broken.with_suffix(".jpg")
     broken.write_bytes(broken.read_bytes()[:60])
     monkeypatch.setattr(common, "WORKERS", workers)
-    with user_error(f"{broken}: not a readable image"):
+    monkeypatch.setattr(common, "_READERS", [])
+    before = set(multiprocessing.active_children())
+    try:
         list(streamed.all(4))
+        text = "no error"
+    except common.UserError as error:  # (pytest.raises would keep the error, and the workers with it)
+        text = str(error)
+    assert text.startswith(f"{broken}: not a readable image")
+    assert set(multiprocessing.active_children()) <= before  # at once, not five seconds per worker later
     with user_error(f"{broken}: not a readable image"):
         load(tmp_path, True)  # the pass for mean and std meets it too
 
@@ -217,8 +224,11 @@ def test_a_killed_worker_is_one_line(folder, monkeypatch, user_error):
     next(epoch)
     (worker,) = set(multiprocessing.active_children()) - before
     os.kill(worker.pid, signal.SIGKILL)
+    worker.join()
+    time.sleep(0.1)  # DataLoader's own signal handler would raise here, in the middle of a training step
     with user_error("--batch-size"):
         list(epoch)
+    assert set(multiprocessing.active_children()) <= before
 
 
 # %% Scripts
