@@ -32,6 +32,9 @@ What follows from the official form:
   the features chase them. `hug-fixed` optimises them beforehand.
 - Means class by class weigh samples by inverse frequency within a batch, as ETF + DR's class lengths do. On a
   long tail cross-entropy must be given the same before the two are compared: --reweight on.
+- The pair term turns a raw proxy and goes with r^-3 / length. Two that start close throw each other to such
+  lengths that they hardly turn any more: on a circle proxies jam. In 16 dimensions random starts are far
+  enough apart; --reduction sum, which cuts the gradient and keeps lengths at 1, spreads them on a circle too.
 
 Where the best proxies are known (r: distance of two points; mean energy over pairs, s = 2):
     K <= d + 1   simplex          every r = sqrt(2K/(K-1))                  (K-1) / 2K
@@ -339,8 +342,9 @@ def check_theory(folder: Path) -> dict:
 
     names = ["cross-entropy", "HUG (MHE)"]
     points = {names[0]: (ratios, [cosine(r) for r in ratios])}
-    proxies = [layer_peeled_hug([r] * 5 + [1] * 5, 9, 1.0, 1.0)[0] for r in ratios]
-    points[names[1]] = ratios, [mean_pairwise_cosine(W, few) for W in proxies]
+    sparse = [1, 3, 10, 100]  # HUG's line is flat
+    proxies = [layer_peeled_hug([r] * 5 + [1] * 5, 9, 1.0, 1.0)[0] for r in sparse]
+    points[names[1]] = sparse, [mean_pairwise_cosine(W, few) for W in proxies]
     axes = {"xlabel": "images of a frequent class / of a rare class", "xscale": "log"}
     axes["ylabel"] = "mean cosine of the rare classes' vectors"
     curves(folder / "synthetic.png", points, styles(names), **axes)

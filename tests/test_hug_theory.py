@@ -185,6 +185,28 @@ def test_dot_regression_is_an_eighth_of_the_fourth_power():
     assert script.dot_regression_loss(W[y], W, y) < 1e-30
 
 
+def test_the_pair_term_turns_a_proxy_and_goes_with_one_over_its_length():
+    """Why proxies jam on a circle: a step makes them longer, and longer ones turn less."""
+    W = 0.5 * torch.randn(6, 2, generator=generator(4), dtype=torch.float64)
+    h, y = points(6, 2), torch.arange(6)
+
+    def gradient(W):
+        W = W.clone().requires_grad_()
+        return torch.autograd.grad(script.hug_loss(h[: len(W)], W, y[: len(W)]), W)[0]
+
+    G = gradient(W)
+    torch.testing.assert_close((G * W).sum(1), torch.zeros(6, dtype=torch.float64), rtol=0, atol=1e-9)
+    torch.testing.assert_close(gradient(10 * W), G / 10)
+    assert ((W - 0.1 * G).norm(dim=1) > W.norm(dim=1)).all()
+    # two at distance r: 2 r^-3 over the number of pairs and the length
+    for r in (1e-2, 1e-3):
+        angle = 2 * math.asin(r / 2)
+        pair = 3 * torch.tensor([[1.0, 0.0], [math.cos(angle), math.sin(angle)]], dtype=torch.float64)
+        expected = 2 * r**-3 * math.cos(angle / 2) / 3
+        assert script.hug_loss(h[:2], pair, y[:2]).item() > r**-2 * (1 - 1e-6)
+        assert gradient(pair).norm(dim=1).tolist() == pytest.approx([expected] * 2, rel=1e-6)
+
+
 # %% Closed forms
 
 
