@@ -42,7 +42,7 @@ Where the best proxies are known (r: distance of two points; mean energy over pa
     d = 2        regular polygon  r = 2 sin(pi j / K), j = 1..K-1           (K+1) / 12
     K -> inf     uniform law      mean of r^-s = 2^(d-s-2) G(d/2) G((d-1-s)/2) / (sqrt(pi) G(d-1-s/2))
 
-    python hug.py                                                 digits on a circle; a minute on two cores
+    python hug.py                                                 digits on a circle; minutes on two cores
     python hug.py --synthetic                                     the theory above, claim by claim
     python hug.py --dim 16                                        digits with room for a simplex
     python hug.py --dataset cifar100 --net cnn --dim 64 --epochs 30 --method ce hug-mhe
