@@ -199,11 +199,12 @@ def test_the_seed_is_all_that_differs(tmp_path):
 
 def test_dry_run_as_a_user_starts_it(tmp_path):
     argv = [sys.executable, str(ROOT / "hug.py"), "--dry-run", "--out", str(tmp_path)]
-    argv += ["--method", "ce", "hug-mgd"]
+    argv += ["--method", "ce", "hug-mgd", "--attack-radius", "4", "--attack-steps", "3"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr
     assert "10 classes" in done.stdout
+    assert "linf 4/255, in one step and in 3" in done.stdout  # the glossary has this run's numbers
     assert done.stderr == ""  # no progress bar where there is no terminal
     folder = tmp_path / "dry-run" / "hug" / "digits"
     for name in ("ce", "hug-mgd"):
