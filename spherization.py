@@ -2,6 +2,8 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch", "torchvision", "numpy", "matplotlib", "scikit-learn", "tqdm"]
 # ///
+
+# %% [markdown]
 """Classes that only the length of a feature keeps apart, and a layer that leaves angles alone: Spherization.
 
 Sources: H. Kim, From Theory to Remedy (doctoral thesis, GIST), part 1, of which we have the abstract, and the
@@ -35,11 +37,12 @@ WHAT WE COMPUTE DIFFERENTLY
 - The released w-linear and w-sigmoid are g(acos(clip(||h|| cos(theta)))), with logits of -1 to 1. Ours are
   ||h|| g(theta), SphereNet's formula; published percentages come from the released form.
 - The released `none` normalises its input and divides the bias by ||w||; ours is the plain inner product.
+- VGG-11's released recipes also rotate (CIFAR-100), average in the place of max-pooling (Fashion-MNIST) and
+  normalise by ImageNet's mean (CIFAR-10). Ours do not.
 
 WHAT THE SOURCE LEAVES OPEN, and what we chose
 - `learnable` is about s alone, as in the released runs; r stays fixed. s = r = 5, but s = 1 for features of
   two or three dimensions (released there: s = r = 1, and ten times the steps).
-- `projected` (z scaled to the sphere) has no ReLU: behind one its few units died in our runs.
 - "Overlapping samples" are published as counts (CIFAR-10, nine convolutions) without a definition or code.
   Ours: `overlap`, with tau swept, on an MLP (digits, MNIST) or VGG-11. Counts are not comparable.
 - The last epoch is reported, and the best one tested beside it; test images select nothing.
@@ -49,7 +52,11 @@ WHAT THE SOURCE LEAVES OPEN, and what we chose
 - A schedule keeps its shape when --epochs is changed.
 """
 
-# %% [1] The method. This cell needs nothing else, so that it can be pasted into a notebook
+# %% [markdown]
+# # 1. The method
+# This cell needs nothing else, so that it can be pasted into a notebook.
+
+# %%
 import math
 
 import torch
@@ -176,7 +183,8 @@ def prototype_logits(h: Tensor, shots: int, metric: str) -> Tensor:
     raise ValueError(f"prototype_logits {metric}: expected cosine or euclidean")
 
 
-# %% Imports of the other cells
+# %%
+# Imports of the other cells
 import argparse
 import functools
 from collections.abc import Callable
@@ -215,7 +223,11 @@ from common import (
     unit,
 )
 
-# %% [2] Theory check: the layer-peeled model, and what the layer promises
+# %% [markdown]
+# # 2. Theory check
+# The layer-peeled model, and what the layer promises.
+
+# %%
 
 
 def layer_peeled(K: int, n: int, lam: float, spherized: bool, seed: int = 0) -> tuple:
@@ -312,16 +324,20 @@ def check_theory(folder: Path) -> dict:
     return claims.report(folder / "synthetic.png")
 
 
-# %% [3] Network: a trunk, the last hidden layer's activation, a classifier
+# %% [markdown]
+# # 3. Network
+# A trunk, the last hidden layer's activation, a classifier.
+
+# %%
 
 
-def mlp(args: argparse.Namespace, shape: tuple[int, int, int]) -> tuple[list[nn.Module], int]:
+def mlp(shape: tuple[int, int, int]) -> tuple[list[nn.Module], int]:
     """784-500-300 on MNIST: layers, images (B, C, H, W) -> z (B, n) before any activation, and n."""
     H, W, C = shape
     return [nn.Flatten(), nn.Linear(C * H * W, 500), nn.ReLU(), nn.Linear(500, 300)], 300
 
 
-def lenet(args: argparse.Namespace, shape: tuple[int, int, int]) -> tuple[list[nn.Module], int]:
+def lenet(shape: tuple[int, int, int]) -> tuple[list[nn.Module], int]:
     """LeNet-5 (LeCun et al. 1998) with ReLU and max-pooling; 28 x 28 is padded to its 32 x 32."""
     H, W, C = shape
     pad = 2 if H == 28 else 0
@@ -334,32 +350,19 @@ def lenet(args: argparse.Namespace, shape: tuple[int, int, int]) -> tuple[list[n
     return layers, 84
 
 
-def vgg11(args: argparse.Namespace, shape: tuple[int, int, int]) -> tuple[list[nn.Module], int]:
-    """VGG-11 with BatchNorm, --width times its channels; the released one averages on Fashion-MNIST."""
-    from torchvision.models.vgg import cfgs, make_layers  # slow to import
+def vgg11(shape: tuple[int, int, int]) -> tuple[list[nn.Module], int]:
+    """VGG-11 with BatchNorm, torchvision's convolutions. Images of less than 32 x 32 are enlarged."""
+    from torchvision.models import vgg11_bn  # slow to import
 
     H, W, C = shape
-    plan = [c if c == "M" else max(1, round(c * args.width)) for c in cfgs["A"]]
-    layers = list(make_layers(plan, batch_norm=True))
-    layers[0] = nn.Conv2d(C, plan[0], 3, padding=1)
-    if split_name(args.dataset)[0] == "fashionmnist":
-        layers = [nn.AvgPool2d(2) if isinstance(layer, nn.MaxPool2d) else layer for layer in layers]
-    for layer in layers:  # torchvision's start for VGG; the linear layers keep PyTorch's
-        if isinstance(layer, nn.Conv2d):
-            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-            nn.init.zeros_(layer.bias)
+    layers = list(vgg11_bn(weights=None).features)
+    if C != 3:
+        layers[0] = nn.Conv2d(C, 64, 3, padding=1)
     if min(H, W) < 32:
         layers.insert(0, nn.Upsample(size=(32, 32), mode="bilinear"))
     layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    layers += [nn.Linear(plan[-2], 4096), nn.ReLU(), nn.Dropout(), nn.Linear(4096, 4096)]
+    layers += [nn.Linear(512, 4096), nn.ReLU(), nn.Dropout(), nn.Linear(4096, 4096)]
     return layers, 4096
-
-
-class Projection(nn.Module):
-    """z (B, n) scaled to the unit sphere. Without a ReLU: behind one, two or three units die together."""
-
-    def forward(self, z: Tensor) -> Tensor:
-        return z / (z.square().sum(1, keepdim=True) + 1e-4).sqrt()
 
 
 class Classifier(nn.Linear):
@@ -392,7 +395,7 @@ class Classifier(nn.Linear):
 def build_classifier(args: argparse.Namespace, name: str, data: Dataset) -> nn.ModuleDict:
     """Images (B, C, H, W) -> trunk -> z (B, n) -> layer -> h (B, d) -> classifier -> logits (B, K)."""
     method = TASKS[args.task].methods[name]
-    layers, n = TRUNKS[args.net](args, tuple(data.train_x.shape[1:]))
+    layers, n = TRUNKS[args.net](tuple(data.train_x.shape[1:]))
     if method.units:
         layers += [nn.ReLU(), nn.Linear(n, method.units)]
         n = method.units
@@ -401,8 +404,6 @@ def build_classifier(args: argparse.Namespace, name: str, data: Dataset) -> nn.M
     if method.layer == "sphere":  # at s = 5 one or two angles would end at 0 or 90 degrees
         layer = Spherization(n, args.radius, 1.0 if method.units else args.scale)
         d = n + 1
-    elif method.layer == "projection":
-        layer = Projection()
     elif args.net == "vgg11" and not method.units:
         layer = nn.Sequential(nn.ReLU(), nn.Dropout())
     classifier = Classifier(method.classifier, d, len(data.classes))
@@ -432,11 +433,14 @@ def build_embedding(args: argparse.Namespace, name: str, data: Dataset) -> nn.Mo
     return nn.ModuleDict({"trunk": nn.Sequential(*layers, nn.Flatten()), "layer": layer})
 
 
-# %% [4] Training
+# %% [markdown]
+# # 4. Training
+
+# %%
 
 
 class Method(NamedTuple):
-    layer: str  # the last hidden layer's activation: relu, sphere or projection
+    layer: str  # the last hidden layer's activation: relu or sphere
     classifier: str  # a kind of Classifier
     units: int  # of the last hidden layer; 0: the network's own
     about: str
@@ -451,13 +455,10 @@ class FewShotMethod(NamedTuple):
 CLASSIFIERS = {
     "plain": Method("relu", "inner+bias", 0, "ReLU and a linear layer with bias: the baseline"),
     "sphere": Method("sphere", "inner", 0, "the Spherization layer and a linear layer without bias"),
-    "projected": Method("projection", "inner+bias", 0, "features scaled to the unit sphere instead"),
     "plain-2d": Method("relu", "inner+bias", 2, "the baseline with features of two dimensions"),
     "sphere-2d": Method("sphere", "inner", 1, "one angle: features on a quarter of a circle"),
-    "projected-2d": Method("projection", "inner+bias", 2, "features scaled to the unit circle"),
     "plain-3d": Method("relu", "inner+bias", 3, "the baseline with features of three dimensions"),
     "sphere-3d": Method("sphere", "inner", 2, "two angles: features on an eighth of a sphere"),
-    "projected-3d": Method("projection", "inner+bias", 3, "features scaled to the unit sphere, d = 3"),
 }
 OPERATORS = {
     "none": Method("relu", "inner", 0, "inner product, no bias"),
@@ -491,26 +492,23 @@ class Recipe(NamedTuple):
     factor: float = 1.0  # the learning rate is multiplied by it
     at: tuple[float, ...] = ()  # after these shares of the epochs
     crop: bool = False  # random crops, and flips where the data set has them
-    rotate: bool = False  # by up to 15 degrees
-    statistics: str = "data"  # normalise by: none, data, imagenet
+    normalise: bool = True  # by the data's mean and standard deviation
 
 
 WAY = 5  # classes of an episode
 QUERIES = 15  # images per class to be classified
 TENTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 RECIPES = {  # (network, data set): as released; "" is any other data set; digits are ours
-    ("mlp", ""): Recipe(100, 256, 1e-3, 5e-5, statistics="none"),
+    ("mlp", ""): Recipe(100, 256, 1e-3, 5e-5, normalise=False),
     ("mlp", "digits"): Recipe(80, 64, 5e-3, 5e-5, "adam", 0.1, (0.8,)),
-    ("lenet", ""): Recipe(20, 128, 1e-3, 0.0, statistics="none"),
+    ("lenet", ""): Recipe(20, 128, 1e-3, 0.0, normalise=False),
     ("vgg11", ""): Recipe(300, 128, 0.05, 5e-4, "sgd", 0.5, TENTHS, crop=True),
-    ("vgg11", "cifar10"): Recipe(300, 128, 0.05, 5e-4, "sgd", 0.5, TENTHS, True, statistics="imagenet"),
-    ("vgg11", "cifar100"): Recipe(200, 128, 0.1, 5e-4, "sgd", 0.2, (0.3, 0.6, 0.8), True, rotate=True),
+    ("vgg11", "cifar100"): Recipe(200, 128, 0.1, 5e-4, "sgd", 0.2, (0.3, 0.6, 0.8), True),
     ("vgg11", "fashionmnist"): Recipe(100, 128, 0.01, 5e-4, "sgd", 0.5, (0.2, 0.4, 0.6, 0.8), True),
     ("conv4", ""): Recipe(100, WAY * (5 + QUERIES), 1e-4, 0.0, "adam", 0.5, TENTHS),
     ("conv4", "digits"): Recipe(5, WAY * (5 + QUERIES), 1e-3, 0.0, "adam", 0.5, TENTHS),
 }
 OPTIMIZERS = {"adam": torch.optim.Adam, "sgd": functools.partial(torch.optim.SGD, momentum=0.9)}
-STATISTICS = {"none": ([0.0], [1.0]), "imagenet": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])}
 FC100 = {  # CIFAR-100's superclasses (Oreshkin et al. 2018): 60, 20 and 20 classes
     "train": (1, 2, 3, 4, 5, 6, 9, 10, 15, 17, 18, 19),
     "validation": (8, 11, 13, 16),
@@ -525,9 +523,8 @@ def find_recipe(net: str, dataset: str) -> Recipe:
 
 def apply_recipe(recipe: Recipe, data: Dataset) -> Dataset:
     """The data set with the recipe's normalisation, crops and flips."""
-    if recipe.statistics != "data":
-        mean, std = (torch.tensor(values).expand(len(data.mean)) for values in STATISTICS[recipe.statistics])
-        data = data._replace(mean=mean, std=std)
+    if not recipe.normalise:
+        data = data._replace(mean=torch.zeros_like(data.mean), std=torch.ones_like(data.std))
     return data if recipe.crop else data._replace(pad=0, flip=False)
 
 
@@ -537,32 +534,18 @@ def learning_rate(epoch: int, args: argparse.Namespace, recipe: Recipe) -> float
     return args.lr * recipe.factor**drops
 
 
-def rotate(x: Tensor, degrees: Tensor, black: Tensor) -> Tensor:
-    """Rotate each image of x (B, C, H, W) by its own angle (B,); what comes in is `black` (C,)."""
-    B, C, H, W = x.shape
-    cos = torch.deg2rad(degrees).cos()
-    sin = torch.deg2rad(degrees).sin()
-    zero = torch.zeros_like(cos)
-    black = black[:, None, None]
-    # grid coordinates run from -1 to 1 on both axes, so a rotation of pixels is stretched by H / W
-    matrix = torch.stack([cos, -sin * H / W, zero, sin * W / H, cos, zero], 1).view(B, 2, 3)
-    grid = F.affine_grid(matrix, [B, C, H, W], align_corners=False)
-    return F.grid_sample(x - black, grid, mode="nearest", align_corners=False) + black
-
-
 def train_classifier(args: argparse.Namespace, name: str, seed: int, data: Dataset, run: Run) -> dict:
     """Train one method with one seed, from its last checkpoint on. Returns what was measured at the end."""
     recipe = find_recipe(args.net, args.dataset)
     data = apply_recipe(recipe, data)
     N = len(data.train_y)
     torch.manual_seed(seed)  # initial weights and dropout
-    generator = torch.Generator().manual_seed(seed)  # order, crops, flips and rotations
+    generator = torch.Generator().manual_seed(seed)  # order, crops and flips
     model = build_classifier(args, name, data).to(run.device, memory_format=torch.channels_last)
     trunk, layer, classifier = run.prepare(model)  # speed only: --compile
     make = OPTIMIZERS[recipe.optimizer]
     optimizer = make(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=run.fused)
     images = Batches(data.train_x, data.mean, data.std, pad=data.pad, flip=data.flip, device=run.device)
-    black = (-data.mean / data.std).to(run.device)
 
     for epoch in run.epochs(args.epochs, model=model, optimizer=optimizer, generator=generator):
         lr = learning_rate(epoch, args, recipe)
@@ -570,11 +553,8 @@ def train_classifier(args: argparse.Namespace, name: str, seed: int, data: Datas
         order = torch.randperm(N, generator=generator)
         labels = data.train_y[order].to(run.device)
         batches = images.epoch(order, args.batch_size, generator)
-        degrees = (30 * torch.rand(N, generator=generator) - 15).to(run.device)  # (N,)
         model.train()
         for part, x in batches:  # (B, C, H, W)
-            if recipe.rotate:
-                x = rotate(x, degrees[part], black)
             with run.autocast():  # bf16 inside the network only
                 z = trunk(x)  # (B, n)
             h = layer(z.float())  # (B, d); d = n + 1 and ||h|| = r on the sphere
@@ -653,7 +633,10 @@ def split_by_class(args: argparse.Namespace, data: Dataset) -> tuple[Tensor, Ten
     return concatenate(data.train_x, data.test_x), y, pools
 
 
-# %% [5] Results
+# %% [markdown]
+# # 5. Results
+
+# %%
 
 
 @torch.no_grad()
@@ -894,7 +877,10 @@ def print_results(runs: list[Run], folder: Path) -> None:
             print(f"  {name:<16}{caption}")
 
 
-# %% [6] Command line
+# %% [markdown]
+# # 6. Command line
+
+# %%
 
 
 class Task(NamedTuple):
@@ -948,8 +934,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = flags.add
     add("--task", choices=list(TASKS), default="retain", help="what is compared; each has its own --help")
     add("--net", choices=TASKS[task].nets, default=net, help="network")
-    add("--width", type=positive, default=1.0, help="vgg11: channels times this")
-    add("--train-size", type=at_least(0), default=0, help="so many images, classes alike; 0: all")
+    add("--per-class", type=at_least(1), help="train on so many images of each class at most")
     add("--radius", type=positive, default=5.0, help="r; the released 2-D and 3-D features have 1")
     add("--scale", type=positive, default=5.0, help="s at the start; 2-D and 3-D features start at 1")
     add("--tau", type=positive, default=0.01, help="overlap: near is 1 - cosine below this")
@@ -964,8 +949,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             raise UserError(
                 f"--batch-size {args.batch_size}: an episode of --task fewshot has {images} images"
             )
-        if args.train_size:
-            raise UserError(f"--train-size {args.train_size}: --task fewshot has episodes instead")
+        if args.per_class:
+            raise UserError(f"--per-class {args.per_class}: --task fewshot has episodes instead")
         args.batch_size = images
     if args.dry_run:
         args.episodes = 2
@@ -980,8 +965,8 @@ def main(argv: list[str] | None = None) -> dict:
         return check_theory(args.out / "spherization" / "synthetic")
     task = TASKS[args.task]
     data = prepare_data(args, per_class=max(args.shots, 5) + QUERIES if args.task == "fewshot" else 0)
-    if args.train_size:
-        kept = keep_per_class(data.train_y, args.train_size // len(data.classes))
+    if args.per_class:
+        kept = keep_per_class(data.train_y, args.per_class)
         data = data._replace(train_x=data.train_x[kept], train_y=data.train_y[kept])
     if args.task == "fewshot":
         split_by_class(args, data)  # says what is wrong with the data before the first run

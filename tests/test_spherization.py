@@ -311,7 +311,7 @@ def test_networks_have_the_published_sizes():
     def count(*flags, shape=(28, 28, 1)):
         args = script.parse([*flags])
         with torch.device("meta"):  # shapes alone
-            layers, n = script.TRUNKS[args.net](args, shape)
+            layers, n = script.TRUNKS[args.net](shape)
         return sum(p.numel() for layer in layers for p in layer.parameters()), n
 
     assert count("--net", "mlp") == (784 * 500 + 500 + 500 * 300 + 300, 300)
@@ -323,24 +323,6 @@ def test_networks_have_the_published_sizes():
     assert n == 4096 and size == features + 512 * 4096 + 4096 + 4096 * 4096 + 4096
 
 
-def test_fashion_mnist_vgg_averages():
-    args = script.parse(["--dataset", "fashionmnist", "--width", "0.05"])
-    layers = [type(layer).__name__ for layer in script.vgg11(args, (28, 28, 1))[0]]
-    assert layers.count("AvgPool2d") == 5 and "MaxPool2d" not in layers and layers[0] == "Upsample"
-
-
-def test_rotation():
-    x = torch.rand(3, 2, 5, 5, generator=generator())
-    black = torch.tensor([-1.0, -2.0])
-    torch.testing.assert_close(script.rotate(x, torch.zeros(3), black), x)
-    turned = script.rotate(x, torch.tensor([90.0, -90.0, 180.0]), black)
-    for i, k in enumerate((1, -1, 2)):
-        either = [torch.rot90(x[i], sign * k, (1, 2)) for sign in (1, -1)]
-        assert any(torch.allclose(turned[i], option, atol=1e-5) for option in either)
-    corner = script.rotate(torch.zeros(1, 2, 9, 9), torch.tensor([45.0]), black)[0, :, 0, 0]
-    torch.testing.assert_close(corner, black)
-
-
 def test_published_schedules():
     def rates(*flags, epochs):
         args = script.parse(list(flags))
@@ -349,10 +331,9 @@ def test_published_schedules():
 
     found, args, recipe = rates("--dataset", "cifar10", epochs=(0, 29, 30, 299))
     assert found == [1, 1, 0.5, 0.5**9] and (args.epochs, args.batch_size, args.lr) == (300, 128, 0.05)
-    assert recipe.crop and recipe.statistics == "imagenet"
+    assert recipe.crop and recipe.normalise
     found, args, recipe = rates("--dataset", "cifar100lt", epochs=(59, 60, 119, 120, 160))
     assert np.allclose(found, [1, 0.2, 0.2, 0.04, 0.008]) and (args.epochs, args.lr) == (200, 0.1)
-    assert recipe.rotate
     found, args, recipe = rates("--dataset", "fashionmnist", epochs=(19, 20, 99))
     assert found == [1, 0.5, 0.5**4] and recipe.optimizer == "sgd"
     found, args, _ = rates("--dataset", "mnist", epochs=(0, 99))
@@ -475,7 +456,7 @@ def test_few_shots_in_words_and_pictures(tmp_path, capsys):
     ["--task", "overlap", "--method", "w-linear", "cosine"],
     ["--task", "fewshot", "--shots", "1", "--method", "cosine", "euclidean+last"],
     ["--method", "sphere", "--precision", "bf16", "--radius", "2", "--scale", "2"],
-    ["--method", "projected-2d", "--train-size", "100", "--eval-every", "3", "--seed", "0", "1"],
+    ["--method", "plain-2d", "--per-class", "10", "--eval-every", "3", "--seed", "0", "1"],
     ["--dataset", "digitslt", "--method", "plain"],
 ])  # fmt: skip
 def test_every_task_and_flag_trains(flags, tmp_path, no_figures):
@@ -486,7 +467,7 @@ def test_every_task_and_flag_trains(flags, tmp_path, no_figures):
 
 
 @pytest.mark.parametrize("task, name", [
-    ("retain", "plain"), ("retain", "sphere"), ("retain", "projected-2d"), ("overlap", "none"),
+    ("retain", "plain"), ("retain", "sphere"), ("retain", "plain-2d"), ("overlap", "none"),
     ("overlap", "linear"), ("overlap", "w-sigmoid"),
 ])  # fmt: skip
 def test_features_reproduce_the_decisions(task, name, tmp_path, no_figures):
@@ -494,7 +475,7 @@ def test_features_reproduce_the_decisions(task, name, tmp_path, no_figures):
     argv = ["--task", task, "--method", name, "--epochs", "1", "--out", str(tmp_path)]
     done = script.main(argv)
     saved = np.load(Path(done["folder"]) / name / "seed0" / "features.npz")
-    assert ("b" in saved) == (name in ("plain", "projected-2d"))
+    assert ("b" in saved) == (name in ("plain", "plain-2d"))
     z = saved["test_h"].astype(float) @ saved["W"].T.astype(float)
     if "b" in saved:
         z += saved["b"]
@@ -552,7 +533,7 @@ def test_common_figures_show_every_finished_method(tmp_path, monkeypatch):
     (["--scale", "nan"], ["--scale", "nan"]),
     (["--tau", "inf"], ["--tau", "inf"]),
     (["--weight-decay", "2"], ["--weight-decay", "2"]),
-    (["--task", "fewshot", "--train-size", "9"], ["--train-size 9", "episodes"]),
+    (["--task", "fewshot", "--per-class", "9"], ["--per-class 9", "episodes"]),
     (["--task", "fewshot", "--batch-size", "32"], ["--batch-size 32", "100 images"]),
     (["--task", "fewshot", "--shots", "500"], ["--dataset digits", "515"]),
     (["--task", "fewshot", "--test-episodes", "1"], ["--test-episodes", "2 or more"]),
