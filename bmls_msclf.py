@@ -2,6 +2,8 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch", "torchvision", "numpy", "matplotlib", "scikit-learn", "tqdm"]
 # ///
+
+# %% [markdown]
 """Minority collapse under Mixup, and two remedies: Balanced Mixed Label Sampler, Mixed-Singleton classifier.
 
 Source: H. Kim, From Theory to Remedy (doctoral thesis, GIST), part 3. Only its abstract is public.
@@ -50,7 +52,11 @@ itself (--pairs distinct), and its loss has no negatives (--ms dot --classifier 
   best of those tested (--eval-every) beside it.
 """
 
-# %% [1] The method. This cell needs nothing else, so that it can be pasted into a notebook
+# %% [markdown]
+# # 1. The method
+# This cell needs nothing else, so that it can be pasted into a notebook.
+
+# %%
 import math
 
 import numpy as np
@@ -238,7 +244,8 @@ def simplex_etf(K: int, d: int, generator: torch.Generator | None = None) -> Ten
 
 # [end copied]
 
-# %% Imports of the other cells
+# %%
+# Imports of the other cells
 import argparse
 from pathlib import Path
 from typing import NamedTuple
@@ -280,7 +287,11 @@ from common import (
     table,
 )
 
-# %% [2] Theory check: the layer-peeled model
+# %% [markdown]
+# # 2. Theory check
+# The layer-peeled model.
+
+# %%
 # The network below the last layer is taken to be so flexible that every (mixed) label has one free feature.
 # What is left is a matrix problem, convex in Z = W H^T, and its collapse has exact thresholds.
 
@@ -333,22 +344,26 @@ def mixed_labels(n, sampler: str, alpha: float = 1.0) -> tuple:
     return a.repeat(3), b.repeat(3), lam, p.repeat(3) * np.tile(weight / weight.sum(), len(a))
 
 
+REG = 0.02  # lam_W lam_H of the check
+
+
+def minority_cosine(sampler: str, times: float, K: int = 10) -> float:
+    """Mean cosine of the rare half's class vectors where each has a share n_B / N = times * lam_W lam_H.
+
+    sampler: `ce`, images as they come and unmixed, or one of mixed_label_probability.
+    """
+    share = times * REG
+    n = [2 / K - share] * (K // 2) + [share] * (K // 2)
+    unmixed = (range(K), range(K), [1.0] * K, n)
+    W, _ = layer_peeled(K, unmixed if sampler == "ce" else mixed_labels(n, sampler), REG)
+    return mean_pairwise_cosine(W, torch.arange(K // 2, K))
+
+
 def check_theory(folder: Path) -> dict:
     """Print the chapter's claims, each against direct optimisation or simulation; draw synthetic.png."""
     K = 10
-    reg = 0.02  # lam_W lam_H
-    few = torch.arange(5, 10)
+    cosine = minority_cosine
     claims = Claims()
-
-    def classifier(sampler: str, share: float) -> Tensor:
-        """Optimal W (K, d) where each of five minority classes has `share` = n_B / N of the images."""
-        n = [1 / 5 - share] * 5 + [share] * 5
-        unmixed = (range(K), range(K), [1.0] * K, n)
-        return layer_peeled(K, unmixed if sampler == "ce" else mixed_labels(n, sampler), reg)[0]
-
-    def cosine(sampler: str, times: float) -> float:
-        """Mean cosine of the minority's class vectors at n_B / N = times * lam_W lam_H."""
-        return mean_pairwise_cosine(classifier(sampler, times * reg), few)
 
     # Collapse <=> the contrast between two minority classes is worth at most lam_W lam_H in E[q q^T]:
     #     n_B / N without Mixup;  E[lam^2 + (1-lam)^2] n_B / N = (alpha+1)/(2 alpha+1) n_B / N with it
@@ -395,14 +410,19 @@ def check_theory(folder: Path) -> dict:
     reached = (F.normalize(h)[0] @ v).item()
     claims.equal("MS dot sends the feature to the mixed class vector: cosine", 1, reached, 1e-5)
 
-    # One picture: from which share on does a minority class keep a class vector of its own?
+    draw_thresholds(folder / "synthetic.png")
+    return claims.report(folder / "synthetic.png")
+
+
+def draw_thresholds(path: Path) -> None:
+    """From which share of the images on does a rare class keep a class vector of its own?"""
     x = [0.5, 0.7, 0.98, 1.04, 1.15, 1.48, 1.57, 1.75, 2.2, 3.2, 5]
     figure = Figure(figsize=(7, 4), layout="constrained")
     plot = figure.subplots()
     look = styles(["cross-entropy", "Mixup", "balanced mixed labels"])
     names = {"ce": "cross-entropy", "instance": "Mixup", "balanced": "balanced mixed labels"}
     for sampler, name in names.items():
-        plot.plot(x, [cosine(sampler, times) for times in x], label=name, **look[name])
+        plot.plot(x, [minority_cosine(sampler, times) for times in x], label=name, **look[name])
     for threshold, name in ((1, "cross-entropy"), (3 / 2, "Mixup")):
         plot.axvline(threshold, ls="--", color=look[name]["color"], label=f"{name}: predicted threshold")
     plot.set(xscale="log", xlabel="share of one rare class, (n_B / N) / (lam_W lam_H)")
@@ -410,11 +430,13 @@ def check_theory(folder: Path) -> dict:
     plot.set_xticks([0.5, 1, 1.5, 2, 3, 5], ["0.5", "1", "1.5", "2", "3", "5"])
     plot.minorticks_off()
     figure.legend(loc="outside right upper", frameon=False)
-    save_figure(folder / "synthetic.png", figure)
-    return claims.report(folder / "synthetic.png")
+    save_figure(path, figure)
 
 
-# %% [3] Network
+# %% [markdown]
+# # 3. Network
+
+# %%
 
 
 # [copied: resnet32]
@@ -533,7 +555,10 @@ def build_model(args: argparse.Namespace, method: "Method", data: Dataset) -> nn
     return nn.ModuleDict({"network": network, "classifier": classifier})
 
 
-# %% [4] Training
+# %% [markdown]
+# # 4. Training
+
+# %%
 
 
 class Method(NamedTuple):
@@ -644,7 +669,10 @@ def train(args: argparse.Namespace, name: str, seed: int, data: Dataset, run: Ru
     return measure(model, data, run)
 
 
-# %% [5] Results
+# %% [markdown]
+# # 5. Results
+
+# %%
 
 
 @torch.no_grad()
@@ -765,7 +793,10 @@ cos few: mean cosine of the few's class vectors; 1: minority collapse, -1/(K-1):
   accuracy_by_class.png  what it costs: accuracy by class size""")
 
 
-# %% [6] Command line
+# %% [markdown]
+# # 6. Command line
+
+# %%
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
