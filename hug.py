@@ -161,7 +161,6 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
-from scipy.optimize import minimize_scalar
 from scipy.special import gammaln
 from torch import nn
 from tqdm import tqdm
@@ -179,7 +178,6 @@ from common import (
     collapse_metrics,
     command_line,
     curves,
-    expected_calibration_error,
     finished_runs,
     keep_per_class,
     mean_pairwise_cosine,
@@ -192,6 +190,7 @@ from common import (
     riesz_energy,
     save_figure,
     shot_groups,
+    smallest_angle,
     split_name,
     styles,
     table,
@@ -455,14 +454,14 @@ class Head(nn.Module):
     A linear layer to d dimensions and BatchNorm, the same for every method: what leaves a ReLU fills one
     orthant only, and points all over a sphere need them all. Then, by kind:
         linear   z = h W^T                                        cross-entropy
-        cosine   h and W at unit length, z = scale * cos          normalised softmax
+        cosine   h and W at unit length, z = 16 cos               normalised softmax, scale ours
         proxy    the same with scale 1: -||x - w||^2 = 2 cos - 2, so the largest cosine is the nearest proxy
     """
 
-    def __init__(self, d_in: int, d: int, K: int, kind: str, scale: float):
+    def __init__(self, d_in: int, d: int, K: int, kind: str):
         super().__init__()
         self.kind = kind
-        self.scale = scale if kind == "cosine" else 1.0
+        self.scale = 16.0 if kind == "cosine" else 1.0
         self.fc = nn.Linear(d_in, d, bias=False)
         self.bn = nn.BatchNorm1d(d)
         self.W = nn.Parameter(torch.empty(K, d).uniform_(-1, 1) / math.sqrt(d))  # nn.Linear's, HUG's start
@@ -540,7 +539,7 @@ def weights(args: argparse.Namespace, uniformity: str) -> tuple[float, float]:
 def build_model(args: argparse.Namespace, method: Method, data: Dataset) -> nn.ModuleDict:
     """Network and head."""
     network = NETWORKS[args.net](data.train_x.shape[3])
-    head = Head(network.d, args.dim or network.d, len(data.classes), method.head, args.scale)
+    head = Head(network.d, args.dim or network.d, len(data.classes), method.head)
     return nn.ModuleDict({"network": network, "head": head})
 
 
@@ -605,7 +604,7 @@ def train(args: argparse.Namespace, name: str, seed: int, data: Dataset, run: Ru
         run.log(lr=lr, **geometry(head.W.detach()))
         if run.is_test_epoch(epoch):  # every --eval-every epochs, and after the last one
             run.log(**test(model, data, run))
-    return measure(args, model, data, run)
+    return measure(model, data, run)
 
 
 # %% [5] Results
@@ -614,9 +613,8 @@ def train(args: argparse.Namespace, name: str, seed: int, data: Dataset, run: Ru
 def geometry(W: Tensor) -> dict[str, float]:
     """How uniform the rows of W (K, d) point: MHE energy over the least known, smallest angle (degrees)."""
     W = F.normalize(W.to(metric_device(W.device)).double())
-    r = float(separation(W))  # r = 2 sin(angle / 2)
     energy = pair_energy(W).item() / reference_energy(*W.shape)
-    return {"energy": energy, "smallest_angle": math.degrees(2 * math.asin(min(r / 2, 1)))}
+    return {"energy": energy, "smallest_angle": smallest_angle(W)}
 
 
 def within_classes(h: Tensor, y: Tensor, K: int) -> float:
@@ -627,14 +625,14 @@ def within_classes(h: Tensor, y: Tensor, K: int) -> float:
 
 
 @torch.no_grad()
-def embed(model: nn.ModuleDict, images: Tensor, data: Dataset, run: Run, change=None) -> tuple:
-    """Features h (N, d) and logits z (N, K) of every image, in order; `change` alters the images."""
+def embed(model: nn.ModuleDict, images: Tensor, data: Dataset, run: Run) -> tuple[Tensor, Tensor]:
+    """Features h (N, d) and logits z (N, K) of every image, in order."""
     model.eval()
     hs, zs = [], []
     loader = Batches(images, data.mean, data.std, device=run.device)
-    for _, x in loader.epoch(torch.arange(len(images)), 1000):
+    for _, x in loader.all():
         with run.autocast():
-            f = model["network"](change(x) if change else x)
+            f = model["network"](x)
         h, _, z = model["head"](f)
         hs.append(h)
         zs.append(z)
@@ -652,25 +650,9 @@ def test(model: nn.ModuleDict, data: Dataset, run: Run) -> dict[str, float]:
     }
 
 
-CORRUPTIONS = ("noise", "blur", "brightness")
-
-
-def corrupt(name: str, x: Tensor, mean: Tensor, std: Tensor, generator: torch.Generator) -> Tensor:
-    """Gaussian noise (std 0.1 of the pixel range), Gaussian blur (1 pixel), brightness (+ 0.3): our levels.
-
-    x (B, C, H, W) normalised, mean and std (C, 1, 1) -> the same, pixels cut to [0, 1].
-    """
-    from torchvision.transforms.functional import gaussian_blur
-
-    pixels = x * std + mean
-    if name == "noise":
-        pixels = pixels + 0.1 * torch.randn(x.shape, generator=generator).to(x.device)
-    elif name == "blur":
-        size = min(5, 2 * min(x.shape[2:]) - 1)  # odd, and the image must be larger than half of it
-        pixels = gaussian_blur(pixels, size, 1.0)
-    else:
-        pixels = pixels + 0.3
-    return (pixels.clamp(0, 1) - mean) / std
+RADIUS = 8.0  # of the attacks, linf in 255ths of the pixel range: the usual one
+PGD_STEPS = 10
+ATTACKED = 500  # test images, the same ones for every method
 
 
 def attack(model, x: Tensor, y: Tensor, radius, steps: int, low, high, generator) -> Tensor:
@@ -697,52 +679,31 @@ def attack(model, x: Tensor, y: Tensor, radius, steps: int, low, high, generator
     return adversary.detach()
 
 
-def robustness(args: argparse.Namespace, model: nn.ModuleDict, data: Dataset, run: Run) -> dict:
-    """Accuracy under attack at a quarter, half and all of --attack-radius, and under corruptions.
-
-    Attacks: on --attack-images of the test images, the same ones for every method, in float32.
-    """
+def robustness(model: nn.ModuleDict, data: Dataset, run: Run) -> dict:
+    """Test accuracy under FGSM and PGD at RADIUS; pgd_curve: at no attack, a quarter, half and all of it."""
     loader = Batches(data.test_x, data.mean, data.std, device=run.device)
     mean = data.mean.to(run.device)[:, None, None]
     std = data.std.to(run.device)[:, None, None]
     low = (0 - mean) / std
     high = (1 - mean) / std
     generator = torch.Generator().manual_seed(0)
-    chosen = torch.randperm(loader.N, generator=generator)[: args.attack_images or None]
-    radii = [args.attack_radius * share for share in (0, 0.25, 0.5, 1)]  # in 255ths
-    right = {("clean", 0): 0, **{("pgd", r): 0 for r in radii[1:]}, ("fgsm", radii[-1]): 0}
+    chosen = torch.randperm(loader.N, generator=generator)[:ATTACKED]
+    x = loader.load(chosen)
+    y = data.test_y[chosen].to(run.device)
     model.eval()
-    for index in chosen.split(500):
-        x = loader.load(index)
-        y = data.test_y[index].to(run.device)
-        for kind, r in right:
-            steps = {"clean": 0, "fgsm": 1, "pgd": args.attack_steps}[kind]
-            found = attack(model, x, y, r / 255 / std, steps, low, high, generator) if steps else x
-            with torch.no_grad():
-                z = model["head"](model["network"](found))[2]
-            right[kind, r] += int((z.argmax(1) == y).sum())
-    share = {key: count / len(chosen) for key, count in right.items()}
-    result = {"fgsm": share["fgsm", radii[-1]], "pgd": share["pgd", radii[-1]], "pgd_radii": radii}
-    result["pgd_curve"] = [share["clean", 0], *(share["pgd", r] for r in radii[1:])]
-    test_y = data.test_y.to(metric_device(run.device))
-    for name in CORRUPTIONS:
-        generator.manual_seed(0)
-        change = functools.partial(corrupt, name, mean=mean, std=std, generator=generator)
-        _, z = embed(model, data.test_x, data, run, change)
-        result[name] = float((z.argmax(1) == test_y).double().mean())
-    return result
+
+    def accuracy(radius: float, steps: int) -> float:
+        found = attack(model, x, y, radius / 255 / std, steps, low, high, generator) if radius else x
+        with torch.no_grad():
+            z = model["head"](model["network"](found))[2]  # in float32
+        return float((z.argmax(1) == y).double().mean())
+
+    radii = [RADIUS * share for share in (0, 0.25, 0.5, 1)]
+    curve = [accuracy(radius, PGD_STEPS) for radius in radii]
+    return {"fgsm": accuracy(RADIUS, 1), "pgd": curve[-1], "pgd_radii": radii, "pgd_curve": curve}
 
 
-def fit_temperature(z: Tensor, y: Tensor) -> float:
-    """t > 0 that minimises the mean CE(t z, y): one number, convex. z (N, K), y (N,); bounded by 1000."""
-
-    def loss(log_t):
-        return F.cross_entropy(math.exp(log_t) * z.double(), y).item()
-
-    return math.exp(minimize_scalar(loss, bounds=(math.log(1e-2), math.log(1e3)), method="bounded").x)
-
-
-def measure(args: argparse.Namespace, model: nn.ModuleDict, data: Dataset, run: Run) -> dict:
+def measure(model: nn.ModuleDict, data: Dataset, run: Run) -> dict:
     """Everything that is measured after training; writes features.npz, where the logits are h W^T."""
     head = model["head"]
     K = len(data.classes)
@@ -754,45 +715,38 @@ def measure(args: argparse.Namespace, model: nn.ModuleDict, data: Dataset, run: 
     W = W if head.kind == "linear" else head.scale * F.normalize(W, dim=1)
     run.save_features(train_h=train_h, train_y=train_y, test_h=test_h, test_y=test_y, W=W)
     groups, rule = shot_groups(data.counts.to(train_z.device))
-    # HUG trains no probability. Its cosines get the scale that fits the training images best, which is what
-    # the length of the class vectors does in cross-entropy.
-    temperature = fit_temperature(train_z, train_y) if head.kind == "proxy" else 1.0
     per_class = accuracy_per_class(test_z.argmax(1), test_y, K)
     tail = {group: float(per_class[members].nanmean()) for group, members in groups.items()}
     return {
         "accuracy": float((test_z.argmax(1) == test_y).double().mean()),
-        **(tail | {"rule": rule} if split_name(args.dataset)[1] else {}),
-        "ece": expected_calibration_error((temperature * test_z).softmax(1), test_y),
-        "temperature": temperature,
+        **(tail | {"rule": rule} if split_name(run.args.dataset)[1] else {}),
         "train_accuracy": float((train_z.argmax(1) == train_y).double().mean()),
         **geometry(W),
         "within": within_classes(train_h, train_y, K),
         **collapse_metrics(train_h, train_y, W, train_z.argmax(1), groups["few"]),
-        **robustness(args, model, data, run),
+        **robustness(model, data, run),
         "per_class": per_class.tolist(),
         "counts": data.counts.tolist(),
     }
 
 
 def draw_figures(folder: Path, runs: list[Run]) -> None:
-    """Three figures of finished runs, methods side by side; means over seeds, one circle per method."""
+    """Figures of finished runs, methods side by side; means over seeds, one circle per method."""
     by_method = {name: [run for run in runs if run.name == name] for name in METHODS}
     by_method = {name: found for name, found in by_method.items() if found}
     style = styles(METHODS)
 
     # Both terms of the gap, epoch by epoch
     figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    between, within = figure.subplots(1, 2)
     for name, found in by_method.items():
-        for plot, key in ((left, "energy"), (right, "test_within")):
-            lines = [line for line in found[0].history if key in line]
-            epochs = [line["epoch"] for line in lines]
+        for plot, key in ((between, "energy"), (within, "test_within")):
+            epochs = [line["epoch"] for line in found[0].history if key in line]
             values = np.mean([[line[key] for line in run.history if key in line] for run in found], axis=0)
             plot.plot(epochs, values, markevery=max(1, len(epochs) // 10), label=name, **style[name])
-    left.axhline(1, ls=":", color="0.5")
-    left.set(xlabel="epoch", yscale="log", ylabel="between: energy of class vectors / least known")
-    right.set(xlabel="epoch", ylabel="within: mean distance to the class's direction")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    between.set(xlabel="epoch", yscale="log", ylabel="between: energy of class vectors / least known")
+    within.set(xlabel="epoch", ylabel="within: mean distance to the class's direction")
+    figure.legend(*between.get_legend_handles_labels(), loc="outside right upper", frameon=False)
     save_figure(folder / "gap.png", figure)
 
     points = {}
@@ -803,14 +757,14 @@ def draw_figures(folder: Path, runs: list[Run]) -> None:
     curves(folder / "robustness.png", points, style, ylabel="test accuracy under PGD (%)", **axes)
 
     arrays = {name: found[0].load_features() for name, found in by_method.items()}
-    if next(iter(arrays.values()))["W"].shape[1] == 2:
+    if all(found["W"].shape[1] == 2 for found in arrays.values()):
         draw_circles(folder / "circle.png", arrays)
 
 
 def draw_circles(path: Path, arrays: dict[str, dict]) -> None:
     """Directions of test features (dots) and class vectors (lines) on the circle, one colour per class."""
+    rows = -(-len(arrays) // 3)
     columns = min(3, len(arrays))
-    rows = -(-len(arrays) // columns)
     figure = Figure(figsize=(3.4 * columns + 1, 3.5 * rows), layout="constrained")
     colours = [*COLOURS, "#882255", "#999933"]  # ten classes have ten colours
     for i, (title, found) in enumerate(arrays.items()):
@@ -818,11 +772,10 @@ def draw_circles(path: Path, arrays: dict[str, dict]) -> None:
         x = found["test_h"] / np.linalg.norm(found["test_h"], axis=1, keepdims=True)
         W = found["W"] / np.linalg.norm(found["W"], axis=1, keepdims=True)
         # points hide each other: spread them outwards by chance, which means nothing
-        out = 1 + 0.15 * np.random.default_rng(1).random((len(x), 1))
+        x *= 1 + 0.15 * np.random.default_rng(1).random((len(x), 1))
         for k, w in enumerate(W):
-            of_class = found["test_y"] == k
             colour = colours[k % len(colours)]
-            plot.scatter(*(out * x)[of_class].T, s=4, color=colour, label=f"class {k}", rasterized=True)
+            plot.scatter(*x[found["test_y"] == k].T, s=4, color=colour, label=f"class {k}", rasterized=True)
             plot.plot([0, 0.95 * w[0]], [0, 0.95 * w[1]], color=colour, lw=2)
         plot.set(title=title, xlim=(-1.3, 1.3), ylim=(-1.3, 1.3), aspect="equal")
         plot.set_axis_off()
@@ -831,32 +784,32 @@ def draw_circles(path: Path, arrays: dict[str, dict]) -> None:
     save_figure(path, figure)
 
 
-def print_results(args: argparse.Namespace, runs: list[Run]) -> None:
+def print_results(runs: list[Run], folder: Path) -> None:
     """A table with one row per method, mean ± std over seeds, and what its columns and figures mean."""
-    percent = ["accuracy", "train_accuracy", "best_accuracy", "ece", "fgsm", "pgd", *CORRUPTIONS]
     rows = []
     for name in METHODS:
         found = [run.finished for run in runs if run.name == name]
         if not found:
             continue
+        percent = ["accuracy", "train_accuracy", "best_accuracy", "fgsm", "pgd"]
         cells = [mean_std([result[key] for result in found], 1, 100) for key in percent]
         cells.append(mean_std([result["smallest_angle"] for result in found], 1))
         cells += [mean_std([result[key] for result in found], 2) for key in ("energy", "within")]
         rows.append([name, len(found), *cells])
-    header = ["method", "seeds", "accuracy", "train", "best", "ECE", "FGSM", "PGD", *CORRUPTIONS]
-    print("\n" + table([*header, "angle", "energy", "within"], rows))
+    header = ["method", "seeds", "accuracy", "train", "best", "FGSM", "PGD", "angle", "energy", "within"]
+    print("\n" + table(header, rows))
     print(f"""accuracy: % of the test images after the last epoch; train: of the training images, unaugmented
-best: highest accuracy of the tested epochs, chosen on the test set; ECE: calibration error, %
-FGSM, PGD: % right under attack, linf {args.attack_radius:g}/255, in one step and in {args.attack_steps}
-noise, blur, brightness: % right under corruption
+best: highest accuracy of the tested epochs, chosen on the test set
+FGSM, PGD: % right under attack, linf {RADIUS:g}/255, in one step and in {PGD_STEPS}
 angle: smallest angle between two class vectors, degrees; energy: theirs over the least known, 1 at best
 within: mean distance of a unit training feature to its class's mean direction, 0 at full collapse""")
     for name in dict.fromkeys(run.name for run in runs):
         print(f"{name}: {METHODS[name].about}")
-    print(f"""figures in {args.folder}:
+    print(f"""figures in {folder}:
   gap.png         both terms of the gap over epochs: 1 and 0 at generalized neural collapse
-  robustness.png  accuracy under PGD by radius
-  circle.png      d = 2: class vectors (lines) and test features (dots) by direction""")
+  robustness.png  accuracy under PGD by radius""")
+    if runs[0].args.dim == 2:
+        print("  circle.png      class vectors (lines) and test features (dots) by direction")
 
 
 # %% [6] Command line
@@ -874,11 +827,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--inter", type=positive, help="alpha, weight between classes (default: 1; sum .15)")
     add("--intra", type=positive, help="beta, weight within classes (default: 1; sum .015, mgd .03)")
     add("--reweight", choices=["on", "off"], default="off", help="ce: mean class by class, as HUG has it")
-    add("--scale", type=positive, default=16.0, help="factor of the logits of ce+norm")
     add("--per-class", type=at_least(1), help="train on so many images of each class at most")
-    add("--attack-radius", type=positive, default=8.0, help="linf, in 255ths of the pixel range")
-    add("--attack-steps", type=at_least(2), default=10, help="of PGD; FGSM has one")
-    add("--attack-images", type=at_least(0), default=500, help="of the test set; 0 for all")
     args = flags.parse(argv)
     if args.dim == 1:
         raise UserError("--dim 1: a circle needs two dimensions, or 0 for the network's")
@@ -904,7 +853,7 @@ def main(argv: list[str] | None = None) -> dict:
                 run.finish(train(args, name, seed, data, run))
                 draw_figures(run.folder, [run])
             runs.append(run)
-    print_results(args, runs)
+    print_results(runs, args.folder)
     draw_figures(args.folder, finished_runs(args, runs))
     return {"results": [run.finished for run in runs], "folder": str(args.folder)}
 
