@@ -99,9 +99,9 @@ def gram_logdet(W: Tensor, jitter: float = 1e-6) -> Tensor:
     return (G + jitter * torch.eye(len(W), dtype=G.dtype, device=G.device)).logdet()
 
 
-def distance_to_proxy(x: Tensor, w: Tensor, softness: float = 0.0) -> Tensor:
-    """sqrt(||x_i - w_i||^2 + softness^2), rows (B, d) -> (B,); the gradient at x_i = w_i is 0, not nan."""
-    return ((x - w).square().sum(1) + max(softness, torch.finfo(x.dtype).eps) ** 2).sqrt()
+def distance_to_proxy(x: Tensor, w: Tensor) -> Tensor:
+    """||x_i - w_i||, rows (B, d) -> (B,); the gradient at x_i = w_i is 0, not nan."""
+    return ((x - w).square().sum(1) + torch.finfo(x.dtype).eps ** 2).sqrt()
 
 
 def class_mean(losses: Tensor, y: Tensor, K: int) -> Tensor:
@@ -161,7 +161,6 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
-from scipy.special import gammaln
 from torch import nn
 from tqdm import tqdm
 
@@ -187,7 +186,6 @@ from common import (
     open_run,
     positive,
     prepare_data,
-    riesz_energy,
     save_figure,
     shot_groups,
     smallest_angle,
@@ -206,7 +204,7 @@ def optimise_proxies(K: int, d: int, generator: torch.Generator) -> Tensor:
     whose energies hardly differ.
     """
     steps = 500 if K <= 300 else 20  # a thousand proxies in half a minute, their energy right to 3e-4
-    W = torch.randn(K, d, generator=generator, dtype=torch.float64)
+    start = torch.randn(K, d, generator=generator, dtype=torch.float64)
     # None: shown where there is a terminal
     with tqdm(desc=f"{K} proxies in {d} dimensions", leave=False, disable=None if K > 200 else True) as bar:
 
@@ -214,7 +212,7 @@ def optimise_proxies(K: int, d: int, generator: torch.Generator) -> Tensor:
             bar.update()
             return (K - 1) * pair_energy(F.normalize(W))
 
-        (W,) = minimise(energy, W, steps=steps)
+        (W,) = minimise(energy, start, steps=steps)
     return F.normalize(W)
 
 
@@ -233,56 +231,38 @@ def known_distances(K: int, d: int) -> np.ndarray | None:
     return None
 
 
-def least_energy(K: int, d: int, s: float = 2.0) -> float:
-    """The least mean of r^-s over pairs, s > 0, in closed form. Raises ValueError where none is known."""
+@functools.cache
+def least_energy(K: int, d: int) -> float:
+    """The least MHE energy that we know: in closed form, or what optimise_proxies finds."""
     r = known_distances(K, d)
     if r is None:
-        raise ValueError(f"no closed form for {K} points in {d} dimensions")
-    return float((r**-s).mean())
+        return pair_energy(optimise_proxies(K, d, torch.Generator().manual_seed(0))).item()
+    return float((r**-2.0).mean())
 
 
-def uniform_energy(d: int, s: float) -> float:
-    """Mean of r^-s over the uniform law on the sphere of R^d, s < d - 1: the limit of K -> inf."""
-    log = (d - s - 2) * math.log(2) + gammaln(d / 2) + gammaln((d - 1 - s) / 2) - gammaln(d - 1 - s / 2)
-    return math.exp(log) / math.sqrt(math.pi)
-
-
-@functools.cache
-def reference_energy(K: int, d: int) -> float:
-    """The least mean energy of MHE that we know: closed form, or what optimise_proxies finds."""
-    if known_distances(K, d) is not None:
-        return least_energy(K, d)
-    return pair_energy(optimise_proxies(K, d, torch.Generator().manual_seed(0))).item()
+def uniform_energy(d: int) -> float:
+    """Mean of r^-2 over the uniform law on the sphere of R^d, d > 3: the least energy as K -> inf."""
+    return (d - 2) / (2 * (d - 3))
 
 
 def layer_peeled_hug(n: list[int], d: int, alpha: float, beta: float) -> tuple[Tensor, Tensor, Tensor]:
     """Proxies W (K, d), features X (N, d), labels (N,) that minimise HUG (MHE) with n_k free features each.
 
-    Two changes leave the minimum where it is. Features are written as x = w + scale u, so that they move with
-    their proxy; and the kink of ||x - w|| at 0 is softened, since L-BFGS wants a smooth loss.
+    The kink of ||x - w|| at 0 is softened, since L-BFGS wants a smooth loss; the minimum stays where it is.
     """
     generator = torch.Generator().manual_seed(0)
     K = len(n)
     y = torch.arange(K).repeat_interleave(torch.tensor(n))
-    W = F.normalize(torch.randn(K, d, generator=generator, dtype=torch.float64))
-    X = F.normalize(torch.randn(len(y), d, generator=generator, dtype=torch.float64))
-    softness = 0.3
-    scale = math.sqrt(softness * alpha / beta)  # u and w then feel curvatures of the same order
+    W, H = (torch.randn(rows, d, generator=generator, dtype=torch.float64) for rows in (K, len(y)))
+    W, H = F.normalize(W), F.normalize(H)  # lengths of 1 condition what follows
 
-    def feature(W, U):
-        return F.normalize(F.normalize(W)[y] + scale * U)
+    def loss(W, H):
+        w = F.normalize(W)
+        r = ((F.normalize(H) - w[y]).square().sum(1) + 0.3**2).sqrt()
+        return alpha * pair_energy(w) + beta * class_mean(r, y, K)
 
-    def within(U, W):
-        return beta / alpha * class_mean(distance_to_proxy(feature(W, U), F.normalize(W)[y], softness), y, K)
-
-    for _ in range(3):  # back to unit length in between: it conditions the next round
-        start = (X - W[y]) / scale
-        W, U = minimise(lambda W, U: pair_energy(F.normalize(W)) + within(U, W), W, start, steps=300)
-        W = F.normalize(W)
-        X = feature(W, U)
-    # features alone, once more: beside the pair energy their last digits are lost in rounding
-    (U,) = minimise(lambda U: K * len(y) * within(U, W), (X - W[y]) / scale)
-    return W, feature(W, U), y
+    W, H = minimise(loss, W, H, steps=300)
+    return F.normalize(W), F.normalize(H), y
 
 
 def layer_peeled_ce(n: list[int], d: int, E_W: float, E_H: float) -> Tensor:
@@ -302,7 +282,8 @@ def layer_peeled_ce(n: list[int], d: int, E_W: float, E_H: float) -> Tensor:
         z = budget(G, E_H) @ budget(V, E_W).T  # (K, K)
         return (share * F.cross_entropy(z, torch.arange(K), reduction="none")).sum()
 
-    return budget(minimise(loss, V, G, steps=1000)[0], E_W)
+    V, _ = minimise(loss, V, G, steps=1000)
+    return budget(V, E_W)
 
 
 def check_theory(folder: Path) -> dict:
@@ -312,41 +293,38 @@ def check_theory(folder: Path) -> dict:
 
     # Where K points are most uniform, they are these
     for K, d, shape in ((10, 9, "a simplex"), (10, 5, "a cross-polytope"), (10, 2, "a polygon")):
-        W = optimise_proxies(K, d, generator)
-        claim = f"MHE, {K} proxies in {d} dimensions are {shape}: mean r^-2"
-        claims.equal(claim, least_energy(K, d), pair_energy(W).item(), 1e-6)
-    # Many points: the gap to the uniform law falls like K^(s/(d-1) - 1)
-    small, large = (riesz_energy(optimise_proxies(K, 4, generator), 2) for K in (64, 256))
+        found = pair_energy(optimise_proxies(K, d, generator)).item()
+        claim = f"MHE, {K} proxies in {d} dimensions are {shape}: energy"
+        claims.equal(claim, least_energy(K, d), found, 1e-6)
+    # Many points: the gap to the uniform law falls like K^(2/(d-1) - 1)
+    small, large = (pair_energy(optimise_proxies(K, 4, generator)).item() for K in (64, 256))
     rate = 4 ** (2 / 3 - 1)
     limit = (large - rate * small) / (1 - rate)
-    claim = "Many proxies in 4 dimensions: mean r^-2 of the uniform law"
-    claims.equal(claim, uniform_energy(4, 2), limit, 0.025)
+    claims.equal("Many proxies in 4 dimensions: energy of the uniform law", uniform_energy(4), limit, 0.025)
 
     # HUG in the layer-peeled model, 100 images to 1: the class counts do not matter
-    few = torch.arange(5, 10)
     for alpha in (1.0, 10.0):
         W, X, y = layer_peeled_hug([100] * 5 + [1] * 5, 5, alpha, 1.0)
-        claim = f"HUG, 100 images to 1, alpha / beta = {alpha:g}: mean r^-2 is the least"
+        claim = f"HUG, 100 images to 1, alpha / beta = {alpha:g}: energy is the least"
         claims.equal(claim, least_energy(10, 5), pair_energy(W).item(), 1e-6)
         farthest = (X - W[y]).norm(dim=1).max().item()
         claims.equal("   and every feature is on its proxy: largest distance", 0, farthest, 1e-5)
 
     # Cross-entropy couples the two aims: its minority collapses
+    few = torch.arange(5, 10)
     ratios = [1, 2, 3, 4, 5, 6, 8, 10, 20, 50, 100]
+    cosines = [mean_pairwise_cosine(layer_peeled_ce([r] * 5 + [1] * 5, 9, 1, 5), few) for r in ratios]
+    claims.equal("Cross-entropy, 100 to 1: all rare classes share one vector, cosine", 1, cosines[-1], 1e-6)
 
-    def cosine(r: int) -> float:
-        return mean_pairwise_cosine(layer_peeled_ce([r] * 5 + [1] * 5, 9, 1, 5), few)
-
-    claims.equal("Cross-entropy, 100 to 1: all rare classes share one vector, cosine", 1, cosine(100), 1e-6)
-
-    names = ["cross-entropy", "HUG (MHE)"]
-    points = {names[0]: (ratios, [cosine(r) for r in ratios])}
     sparse = [1, 3, 10, 100]  # HUG's line is flat
     proxies = [layer_peeled_hug([r] * 5 + [1] * 5, 9, 1.0, 1.0)[0] for r in sparse]
-    points[names[1]] = sparse, [mean_pairwise_cosine(W, few) for W in proxies]
+    points = {
+        "cross-entropy": (ratios, cosines),
+        "HUG (MHE)": (sparse, [mean_pairwise_cosine(W, few) for W in proxies]),
+    }
     axes = {"xlabel": "images of a frequent class / of a rare class", "xscale": "log"}
     axes["ylabel"] = "mean cosine of the rare classes' vectors"
-    curves(folder / "synthetic.png", points, styles(names), **axes)
+    curves(folder / "synthetic.png", points, styles(points), **axes)
     return claims.report(folder / "synthetic.png")
 
 
@@ -613,7 +591,7 @@ def train(args: argparse.Namespace, name: str, seed: int, data: Dataset, run: Ru
 def geometry(W: Tensor) -> dict[str, float]:
     """How uniform the rows of W (K, d) point: MHE energy over the least known, smallest angle (degrees)."""
     W = F.normalize(W.to(metric_device(W.device)).double())
-    energy = pair_energy(W).item() / reference_energy(*W.shape)
+    energy = pair_energy(W).item() / least_energy(*W.shape)
     return {"energy": energy, "smallest_angle": smallest_angle(W)}
 
 
