@@ -2,6 +2,8 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch", "torchvision", "numpy", "matplotlib", "scikit-learn", "tqdm"]
 # ///
+
+# %% [markdown]
 """Neural collapse beyond K <= d + 1, and the hyperspherical uniformity gap (HUG) that aims at it directly.
 
 Source: Liu, Yu, Weller, Schoelkopf, Generalizing and Decoupling Neural Collapse via Hyperspherical Uniformity
@@ -60,7 +62,11 @@ WHAT THE SOURCES LEAVE OPEN, and what we chose
   their ETF + DR; it goes on where none does.
 """
 
-# %% [1] The method. This cell needs nothing else, so that it can be pasted into a notebook
+# %% [markdown]
+# # 1. The method
+# This cell needs nothing else, so that it can be pasted into a notebook.
+
+# %%
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -194,7 +200,11 @@ from common import (
     table,
 )
 
-# %% [2] Theory check: point sets on the sphere and the layer-peeled model
+# %% [markdown]
+# # 2. Theory check
+# Point sets on the sphere, and the layer-peeled model: features and class vectors are free.
+
+# %%
 
 
 def optimise_proxies(K: int, d: int, generator: torch.Generator) -> Tensor:
@@ -328,7 +338,10 @@ def check_theory(folder: Path) -> dict:
     return claims.report(folder / "synthetic.png")
 
 
-# %% [3] Network
+# %% [markdown]
+# # 3. Network
+
+# %%
 
 
 # [copied: resnet18]
@@ -453,7 +466,10 @@ class Head(nn.Module):
         return h, W, self.scale * h @ W.T
 
 
-# %% [4] Training
+# %% [markdown]
+# # 4. Training
+
+# %%
 
 
 class Method(NamedTuple):
@@ -479,22 +495,20 @@ def weighted_ce(z: Tensor, y: Tensor, args: argparse.Namespace) -> Tensor:
     return class_mean(F.cross_entropy(z, y, reduction="none"), y, z.shape[1])
 
 
-def gap(uniformity: str):
-    """The HUG loss of a table entry: the official form, or sums."""
-
-    def loss(h: Tensor, W: Tensor, z: Tensor, y: Tensor, args: argparse.Namespace) -> Tensor:
-        form = hug_sum_loss if args.reduction == "sum" else hug_loss
-        return form(h, W, y, uniformity, *weights(args, uniformity))
-
-    return loss
+def gap(h: Tensor, W: Tensor, y: Tensor, uniformity: str, args: argparse.Namespace) -> Tensor:
+    """The HUG loss. alpha and beta are 1 and 1 (official), with sums the paper's."""
+    if args.reduction == "official":
+        return hug_loss(h, W, y, uniformity, args.inter or 1.0, args.intra or 1.0)
+    beta = 0.03 if uniformity == "mgd" else 0.015
+    return hug_sum_loss(h, W, y, uniformity, args.inter or 0.15, args.intra or beta)
 
 
 # features h (B, d) and class vectors W (K, d) as the head gives them, logits z (B, K), labels y (B,)
 LOSSES = {
     "ce": lambda h, W, z, y, args: weighted_ce(z, y, args),
-    "mhe": gap("mhe"),
-    "mhs": gap("mhs"),
-    "mgd": gap("mgd"),
+    "mhe": lambda h, W, z, y, args: gap(h, W, y, "mhe", args),
+    "mhs": lambda h, W, z, y, args: gap(h, W, y, "mhs", args),
+    "mgd": lambda h, W, z, y, args: gap(h, W, y, "mgd", args),
     "dr": lambda h, W, z, y, args: dot_regression_loss(h, W, y),
 }
 # The source's schedules are not known: epochs, batch size, network, feature dimension (0: the network's).
@@ -504,14 +518,6 @@ RECIPES = {
     "mnist": {"epochs": 20, "net": "cnn", "dim": 2},
     "fashionmnist": {"epochs": 30, "net": "cnn"},
 }
-
-
-def weights(args: argparse.Namespace, uniformity: str) -> tuple[float, float]:
-    """alpha and beta: 1 and 1 (official), with sums the paper's, unless --inter and --intra say otherwise."""
-    alpha, beta = 1.0, 1.0
-    if args.reduction == "sum":
-        alpha, beta = 0.15, 0.03 if uniformity == "mgd" else 0.015
-    return args.inter or alpha, args.intra or beta
 
 
 def build_model(args: argparse.Namespace, method: Method, data: Dataset) -> nn.ModuleDict:
@@ -585,7 +591,10 @@ def train(args: argparse.Namespace, name: str, seed: int, data: Dataset, run: Ru
     return measure(model, data, run)
 
 
-# %% [5] Results
+# %% [markdown]
+# # 5. Results
+
+# %%
 
 
 def geometry(W: Tensor) -> dict[str, float]:
@@ -790,7 +799,10 @@ within: mean distance of a unit training feature to its class's mean direction, 
         print("  circle.png      class vectors (lines) and test features (dots) by direction")
 
 
-# %% [6] Command line
+# %% [markdown]
+# # 6. Command line
+
+# %%
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

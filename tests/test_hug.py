@@ -54,12 +54,22 @@ def test_the_nearest_proxy_is_the_largest_logit():
     torch.testing.assert_close(z, h @ W.T)
 
 
-def test_the_weights_and_the_schedule():
-    args = script.parse([])
-    assert [script.weights(args, kind) for kind in ("mhe", "mhs", "mgd")] == [(1.0, 1.0)] * 3  # official
-    sums = script.parse(["--reduction", "sum"])
-    assert [script.weights(sums, kind) for kind in ("mhe", "mgd")] == [(0.15, 0.015), (0.15, 0.03)]
-    assert script.weights(script.parse(["--reduction", "sum", "--inter", "2"]), "mgd") == (2.0, 0.03)
+@pytest.mark.parametrize("flags, form, weights", [
+    ("", script.hug_loss, {"mhe": (1, 1), "mhs": (1, 1), "mgd": (1, 1)}),
+    ("--inter 2", script.hug_loss, {"mhe": (2, 1)}),
+    ("--reduction sum", script.hug_sum_loss, {"mhs": (0.15, 0.015), "mgd": (0.15, 0.03)}),
+    ("--reduction sum --inter 2", script.hug_sum_loss, {"mgd": (2, 0.03)}),
+    ("--reduction sum --intra 3", script.hug_sum_loss, {"mhe": (0.15, 3)}),
+])  # fmt: skip
+def test_reduction_and_weights(flags, form, weights):
+    h, W = (F.normalize(torch.randn(n, 3, generator=generator(n))) for n in (6, 4))
+    y = torch.tensor([0, 0, 1, 3, 3, 3])
+    for kind, (alpha, beta) in weights.items():
+        found = script.LOSSES[kind](h, W, h @ W.T, y, script.parse(flags.split()))
+        assert found.item() == pytest.approx(form(h, W, y, kind, alpha, beta).item())
+
+
+def test_recipe_and_schedule():
     cifar = script.parse(["--dataset", "cifar100lt"])
     assert (cifar.net, cifar.epochs, cifar.batch_size, cifar.dim) == ("resnet18", 200, 128, 0)
     rate = [script.learning_rate(e, cifar) for e in (0, 4, 5, 199)]
