@@ -70,6 +70,9 @@ def test_reduction_and_weights(flags, form, weights):
 
 
 def test_recipe_and_schedule():
+    digits = script.parse([])
+    assert digits.dim >= 10 - 1  # the first run has room for a simplex of ten classes
+    assert script.parse(["--dim", "2", "--epochs", "100"]).dim == 2
     cifar = script.parse(["--dataset", "cifar100lt"])
     assert (cifar.net, cifar.epochs, cifar.batch_size, cifar.dim) == ("resnet18", 200, 128, 0)
     rate = [script.learning_rate(e, cifar) for e in (0, 4, 5, 199)]
