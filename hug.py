@@ -362,56 +362,6 @@ def resnet18(channels: int) -> nn.Module:
 # [end copied]
 
 
-# [copied: resnet32]
-class Block(nn.Module):
-    """Two 3x3 convolutions and a parameter-free shortcut: stride by slicing, new channels zero (option A)."""
-
-    def __init__(self, channels_in: int, channels: int, stride: int):
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.stride, self.new = stride, channels - channels_in
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        if self.new:
-            x = F.pad(
-                x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.new // 2, self.new - self.new // 2)
-            )
-        return F.relu(x + y)
-
-
-class ResNet32(nn.Module):
-    """The CIFAR ResNet of He et al. 2016, section 4.2: 3 stages of 5 blocks, 0.46 M parameters at width 1.
-
-    Not ResNet-34, which has 21 M. Images (B, C, H, W) of any size -> features h (B, 64 * width), h >= 0.
-    """
-
-    def __init__(self, channels: int = 3, width: int = 1):
-        super().__init__()
-        stages = [16 * width, 32 * width, 64 * width]
-        self.d = stages[-1]
-        self.conv = nn.Conv2d(channels, stages[0], 3, padding=1, bias=False)
-        self.bn = nn.BatchNorm2d(stages[0])
-        blocks, now = [], stages[0]
-        for stage, c in enumerate(stages):
-            for i in range(5):
-                blocks.append(Block(now, c, stride=2 if stage and i == 0 else 1))
-                now = c
-        self.blocks = nn.Sequential(*blocks)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.blocks(F.relu(self.bn(self.conv(x)))).mean((2, 3))  # global average pool
-
-
-# [end copied]
-
-
 # [copied: smallcnn]
 class SmallCNN(nn.Module):
     """Three 3x3 convolutions with BatchNorm, ReLU and max-pool: (B, C, H, W) -> h (B, 128 * width), h >= 0.
@@ -436,7 +386,7 @@ class SmallCNN(nn.Module):
 # [end copied]
 
 
-NETWORKS = {"resnet18": resnet18, "resnet32": ResNet32, "cnn": SmallCNN}
+NETWORKS = {"resnet18": resnet18, "cnn": SmallCNN}
 
 
 class Head(nn.Module):
