@@ -682,8 +682,9 @@ def draw_figures(folder: Path, runs: list[Run]) -> None:
             epochs = [line["epoch"] for line in found[0].history if key in line]
             values = np.mean([[line[key] for line in run.history if key in line] for run in found], axis=0)
             plot.plot(epochs, values, markevery=max(1, len(epochs) // 10), label=name, **style[name])
-    between.set(xlabel="epoch", yscale="log", ylabel="between: energy of class vectors / least known")
-    within.set(xlabel="epoch", ylabel="within: mean distance to the class's direction")
+    scale = "log" if between.dataLim.ymax > 10 else "linear"  # where proxies have jammed
+    between.set(xlabel="epoch", yscale=scale, ylabel="between: energy of class vectors / least known")
+    within.set(xlabel="epoch", ylim=(0, None), ylabel="within: mean distance to the class's direction")
     figure.legend(*between.get_legend_handles_labels(), loc="outside right upper", frameon=False)
     save_figure(folder / "gap.png", figure)
 
