@@ -52,10 +52,10 @@ SHAPES = {
 }
 
 
-def slow_energy(W, s=2):
-    """Mean of r^-s over pairs, one pair at a time."""
+def slow_energy(W):
+    """Mean of r^-2 over pairs, one pair at a time."""
     r = [math.dist(W[k].tolist(), W[m].tolist()) for k in range(len(W)) for m in range(k)]
-    return sum(distance**-s for distance in r) / len(r)
+    return sum(distance**-2 for distance in r) / len(r)
 
 
 # %% The official loss
@@ -213,8 +213,7 @@ def test_the_pair_term_turns_a_proxy_and_goes_with_one_over_its_length():
 @pytest.mark.parametrize("W", SHAPES.values(), ids=SHAPES)
 def test_closed_forms_at_the_arrangements_themselves(W):
     K, d = W.shape
-    for s in (1, 2, 5):
-        assert script.least_energy(K, d, s) == pytest.approx(slow_energy(W, s), rel=1e-9)
+    assert script.least_energy(K, d) == pytest.approx(slow_energy(W), rel=1e-9)
     assert script.pair_energy(W).item() == pytest.approx(slow_energy(W), rel=1e-9)
     r = torch.cdist(W, W).sort(1).values[:, 1:]
     assert np.sort(script.known_distances(K, d)) == pytest.approx(r[0].numpy(), rel=1e-9)
@@ -228,16 +227,14 @@ def test_closed_forms_as_numbers():
     assert script.least_energy(10, 2) == pytest.approx(11 / 12)  # (K+1) / 12
     assert script.gram_logdet(simplex(10, 9), jitter=0).item() == pytest.approx(-0.351590, abs=1e-6)
     assert script.known_distances(10, 6) is None
-    with pytest.raises(ValueError, match="no closed form"):
-        script.least_energy(10, 6)
 
 
-@pytest.mark.parametrize("d, s", [(3, 1), (4, 2), (64, 2)])
-def test_uniform_law_against_an_integral(d, s):
+@pytest.mark.parametrize("d", [4, 7, 64])
+def test_uniform_law_against_an_integral(d):
     # two points of the sphere at angle a: density sin(a)^(d-2), distance 2 sin(a/2)
     mass = quad(lambda a: math.sin(a) ** (d - 2), 0, math.pi)[0]
-    mean = quad(lambda a: (2 * math.sin(a / 2)) ** -s * math.sin(a) ** (d - 2), 0, math.pi)[0] / mass
-    assert script.uniform_energy(d, s) == pytest.approx(mean, rel=1e-6)
+    mean = quad(lambda a: (2 * math.sin(a / 2)) ** -2 * math.sin(a) ** (d - 2), 0, math.pi)[0] / mass
+    assert script.uniform_energy(d) == pytest.approx(mean, rel=1e-6)
 
 
 @settings(max_examples=20, deadline=None)
@@ -293,15 +290,15 @@ def test_optimised_proxies_where_no_closed_form_is_known():
     found = script.pair_energy(W).item()
     others = [script.pair_energy(script.optimise_proxies(9, 3, generator(s))).item() for s in (1, 2)]
     assert found == pytest.approx(min(others), rel=1e-2)
-    assert script.reference_energy(9, 3) == pytest.approx(found, rel=1e-2)
+    assert script.least_energy(9, 3) == pytest.approx(found, rel=1e-2)
     assert script.separation(most_uniform(9, 3, "mhs")) > script.separation(W) - 1e-9
 
 
 def test_many_proxies_take_fewer_steps_to_nearly_the_same_energy():
     W = torch.randn(320, 4, generator=generator(), dtype=torch.float64)
-    (W,) = minimise(lambda W: 319 * script.pair_energy(F.normalize(W)), W, steps=200)
+    (W,) = minimise(lambda W: 319 * script.pair_energy(F.normalize(W)), W, steps=80)
     least = script.pair_energy(F.normalize(W)).item()
-    assert least * (1 - 1e-12) <= script.reference_energy(320, 4) < least * 1.01
+    assert least * (1 - 1e-12) <= script.least_energy(320, 4) < least * 1.01
 
 
 def test_the_layer_peeled_optimum_ignores_class_counts():
