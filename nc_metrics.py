@@ -2,6 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch", "torchvision", "numpy", "matplotlib", "scikit-learn", "tqdm"]
 # ///
+# %% [markdown]
 """Neural collapse: how to measure it, and what it hides.
 
 Sources: Papyan, Han & Donoho 2020 (neural collapse); Yang, Steinhardt & Hu 2023, Are Neurons Actually
@@ -52,8 +53,11 @@ neural collapse; --augment turns it on. On 8 x 8 digits an untrained network sho
 trained one, so that nothing follows from them: take real images, and read the untrained column.
 """
 
-# %% [1] The method: measure, then look for what the measures miss. This cell runs alone in a notebook
-import math
+# %% [markdown]
+# # 1. The method: measure, then look for what the measures miss
+# This cell needs nothing else, so that it can be pasted into a notebook.
+
+# %%
 import warnings
 
 import numpy as np
@@ -173,8 +177,10 @@ def distance_ratios(D: Tensor, coarse: Tensor) -> tuple[float, float]:
     return float(D[sisters & ~own].mean() / within), float(D[~sisters].mean() / within)
 
 
-# %% Imports of the other cells
+# %%
+# Imports of the other cells
 import argparse
+import math
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -234,7 +240,11 @@ from common import (
     zero_mean_metrics,
 )
 
-# %% [2] Theory check: configurations whose metrics are known exactly
+# %% [markdown]
+# # 2. Theory check
+# Configurations whose metrics are known exactly.
+
+# %%
 
 
 def simplex(K: int, d: int) -> Tensor:
@@ -349,7 +359,10 @@ def check_theory(folder: Path) -> dict:
     return claims.report(folder / "synthetic.png")
 
 
-# %% [3] Network
+# %% [markdown]
+# # 3. Network
+
+# %%
 
 
 # [copied: resnet32]
@@ -420,27 +433,30 @@ def resnet18(channels: int) -> nn.Module:
 # [end copied]
 
 
-class StridedCNN(nn.Module):
-    """The laptop's network: four 3x3 convolutions with BatchNorm, channels 32 to 256, 0.39 M parameters.
+# [copied: smallcnn]
+class SmallCNN(nn.Module):
+    """Three 3x3 convolutions with BatchNorm, ReLU and max-pool: (B, C, H, W) -> h (B, 128 * width), h >= 0.
 
-    Images (B, C, H, W) of any size -> features h (B, 256), h >= 0; convolutions 2 to 4 halve H and W.
+    Ours, for a laptop: 0.09 M parameters at width 1, seven times the images per second of ResNet-32.
     """
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int = 3, width: int = 1):
         super().__init__()
-        self.d = 256
-        layers, now = [], channels
-        for c in (32, 64, 128, self.d):
-            stride = 1 if now == channels else 2
-            layers += [nn.Conv2d(now, c, 3, stride, padding=1, bias=False), nn.BatchNorm2d(c), nn.ReLU()]
-            now = c
+        self.d = 128 * width
+        layers = []
+        for c in (32 * width, 64 * width, 128 * width):
+            conv = nn.Conv2d(channels, c, 3, padding=1, bias=False)
+            layers += [conv, nn.BatchNorm2d(c), nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True)]
+            channels = c
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x).mean((2, 3))  # global average pool
 
 
-NETWORKS = {"cnn": StridedCNN, "resnet18": resnet18, "resnet32": ResNet32}
+# [end copied]
+
+NETWORKS = {"cnn": SmallCNN, "resnet18": resnet18, "resnet32": ResNet32}
 
 
 def build_model(net: str, channels: int, K: int) -> nn.ModuleDict:
@@ -449,7 +465,10 @@ def build_model(net: str, channels: int, K: int) -> nn.ModuleDict:
     return nn.ModuleDict({"network": network, "classifier": nn.Linear(network.d, K)})
 
 
-# %% [4] Training
+# %% [markdown]
+# # 4. Training
+
+# %%
 
 
 def cross_entropy(z: Tensor, y: Tensor) -> Tensor:
@@ -541,7 +560,10 @@ def train(args: argparse.Namespace, name: str, seed: int, data: Dataset, run: Ru
     return model
 
 
-# %% [5] Results
+# %% [markdown]
+# # 5. Results
+
+# %%
 
 
 def measure(h: Tensor, y: Tensor, K: int, W=None, b=None, means=None) -> dict[str, float]:
@@ -976,7 +998,10 @@ def report_table(result: dict[str, dict], targets: dict[str, str]) -> str:
     return table(["metric", *result, "class vectors", "collapsed"], rows)
 
 
-# %% [6] Command line
+# %% [markdown]
+# # 6. Command line
+
+# %%
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
