@@ -462,7 +462,7 @@ def build_model(args: argparse.Namespace, data: Dataset) -> nn.ModuleDict:
 # %%
 
 
-METHODS = {"ce": "cross-entropy of coarse or all labels"}
+METHODS = {"ce": "cross-entropy, linear classifier with bias"}
 # SGD and Adam have the weight decay in the gradient, AdamW beside it: that decides about NC0 (2602.16642)
 OPTIMIZERS = {
     "sgd": lambda parameters, **options: torch.optim.SGD(parameters, momentum=0.9, **options),
@@ -706,8 +706,8 @@ def conclude(args: argparse.Namespace, data: Dataset, fine: Fine | None, model, 
     return result
 
 
-CURVES = {"NC1": "nc1", "NC1, test": "test_nc1", "NC2": "nc2_equiangular_M", "NC3": "nc3", "NC4": "nc4"}
-CURVES["NC0"] = "nc0"
+CURVES = {"NC0": "nc0", "NC1": "nc1", "NC1, test": "test_nc1", "NC2": "nc2_equiangular_M"}
+CURVES |= {"NC3": "nc3", "NC4": "nc4"}
 CAPTIONS = {
     "collapse.png": "NC0 to NC4 over the epochs; 0 is full collapse",
     "falling.png": "features of three classes fall together over the epochs",
@@ -774,7 +774,68 @@ def draw_fine(run: Run, fine: Fine) -> None:
     heat_maps(run.folder / "class_distances.png", maps, label=label, limits=limits, diverging=False, **axes)
 
 
-# The rows of the table: what it is, by which convention, and its value at complete collapse
+LAYOUT = (
+    "expected an .npz file of train_h (N, d) float and train_y (N,) integers, and if there are any test_h, "
+    "test_y, W (K, d), b (K,); labels count from 0: np.savez('features.npz', train_h=h, train_y=y)"
+)
+
+
+def read_features(path: Path) -> tuple[dict[str, Tensor], int]:
+    """The arrays of a features file, checked, and K. Raises UserError that names file, array and fault."""
+
+    def require(ok: bool, what: str) -> None:
+        if not ok:
+            raise UserError(f"{path}: {what}; {LAYOUT}")
+
+    require(path.suffix != ".npy", ".npy holds one array")
+    dimensions = {"train_h": 2, "train_y": 1, "test_h": 2, "test_y": 1, "W": 2, "b": 1}
+    try:
+        with np.load(path, allow_pickle=False) as file:  # never unpickles
+            found = {key: file[key] for key in dimensions if key in file}
+    except Exception as error:  # many kinds; all mean a missing or damaged file
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise UserError(f"{path}: not a readable features file ({reason}); {LAYOUT}") from None
+    for key, a in found.items():
+        kind = np.integer if key.endswith("_y") else np.floating
+        ok = np.issubdtype(a.dtype, kind) and a.ndim == dimensions[key] and a.size
+        require(ok, f"{key} is {a.shape} {a.dtype}")
+        require(np.isfinite(a).all(), f"{key} has values that are not finite")
+        small = np.float64 if a.dtype.itemsize > 4 else np.float32
+        found[key] = a.astype(np.int64 if kind is np.integer else small)
+    splits = ("train", "test") if found.keys() & {"test_h", "test_y"} else ("train",)
+    for split in splits:
+        require({f"{split}_h", f"{split}_y"} <= found.keys(), f"{split}_h and {split}_y are needed together")
+    K = len(found["W"]) if "W" in found else int(found["train_y"].max()) + 1
+    d = found["train_h"].shape[1]
+    require(K >= 2, f"{K} class, and collapse needs two")
+    ok = "b" not in found or ("W" in found and len(found["b"]) == K)
+    require(ok, f"b is there, but not with the K = {K} rows of a W")
+    for key in found.keys() & {"test_h", "W"}:
+        require(found[key].shape[1] == d, f"{key} is {found[key].shape}, and train_h has d = {d}")
+    for split in splits:
+        y = found[f"{split}_y"]
+        n = len(found[f"{split}_h"])
+        require(len(y) == n, f"{split}_y is {y.shape}, and {split}_h has {n} rows")
+        ok = 0 <= y.min() and y.max() < K
+        require(ok, f"{split}_y has labels {y.min()} to {y.max()}, not 0 to {K - 1}")
+        counts = np.bincount(y, minlength=K)
+        require(counts.all(), f"class {counts.argmin()} has no sample in {split}_y")
+    return {key: torch.from_numpy(a) for key, a in found.items()}, K
+
+
+def measure_file(path: Path, device: torch.device) -> tuple[dict, dict[str, Tensor]]:
+    """Every measure of a features file, {"K": ..., "train": {...}, "test": {...}}, and its arrays."""
+    found, K = read_features(path)
+    found = {key: array.to(metric_device(device)) for key, array in found.items()}
+    N, d = found["train_h"].shape
+    counts = torch.bincount(found["train_y"])
+    few = shot_groups(counts)[0]["few"]
+    if len(few) < 2:
+        few = torch.argsort(counts, stable=True)[:2]
+    return {"file": str(path), "N": N, "d": d, "K": K, **measure_splits(found, K, few)}, found
+
+
+# The rows of the tables: what it is, by which convention, and its value at complete collapse
 MEASURES = {
     "accuracy": ("accuracy, share decided right", ""),
     "nc1": ("NC1 tr(Sigma_W pinv(Sigma_B)) / K", "0"),
@@ -833,20 +894,21 @@ def cell(found: list[dict], *names: str) -> str:
     return f"{values[0]:.6g}" if values else ""
 
 
-def print_measures(results: list[dict], K: int, d: int) -> None:
+def print_measures(results: list[dict]) -> None:
     """A row per measure, mean ± std over results: of each split, of the class vectors, and at collapse.
 
-    results: what measure_splits gives, of every seed.
+    results: what measure_file gives, of every seed.
     """
-    splits = {split: [result[split] for result in results] for split in results[0]}
-    targets = collapse_targets(K, d)
+    d = results[0]["d"]
+    targets = collapse_targets(results[0]["K"], d)
+    splits = {name: [result[name] for result in results] for name in ("train", "test") if name in results[0]}
     rows = []
     for key, (text, target) in MEASURES.items():
         cells = [cell(found, key, f"{key}_M") for found in splits.values()]
         cells.append(cell(splits["train"], f"{key}_W"))
         if any(cells):
             rows.append([text, *cells, targets[target]])
-    print(table(["measure", *splits, "class vectors", "collapsed"], rows))
+    print("\n" + table(["measure", *splits, "class vectors", "collapsed"], rows))
     print("Means are centred, but for ZNC. Minority: the classes with fewest training images, two at least.")
     print("nan: not defined, since nothing differs between classes or a vector is 0", end="")
     print("; VCI: left out, d is too large for a d x d matrix" if d > VCI_LARGEST_D else "")
@@ -854,19 +916,13 @@ def print_measures(results: list[dict], K: int, d: int) -> None:
 
 def print_results(runs: list[Run], args: argparse.Namespace) -> None:
     """The table of measures, mean ± std over seeds; what was recovered of fine labels; figures."""
-    found = [run.finished for run in runs]
-    results = []
-    for result in found:
-        test = {key.removeprefix("test_"): value for key, value in result.items() if key.startswith("test_")}
-        train = result | {"accuracy": result["train_accuracy"]}
-        results.append({"train": train, "test": test | {"accuracy": result["accuracy"]}})
-    print(f"\n{runs[0].name}, seed {' '.join(map(str, args.seed))}, after {args.epochs} epochs")
-    print_measures(results, *runs[0].load_features()["W"].shape)
+    print_measures([measure_file(run.folder / "features.npz", args.device)[0] for run in runs])
     if args.coarse:
+        found = [run.finished["fine"] for run in runs]
         columns = {}
-        for of, here in found[0]["fine"].items():
+        for source, here in found[0].items():
             for how in [how for how in CLUSTERINGS if how in here]:
-                columns[f"{of}, {how}"] = [r["fine"][of] | r["fine"][of][how] for r in found]
+                columns[f"{source}, {how}"] = [fine[source] | fine[source][how] for fine in found]
         rows = []
         for key, text in FINE_MEASURES.items():
             rows.append([text, *(mean_std([r[key] for r in column], 2, 100) for column in columns.values())])
@@ -875,56 +931,6 @@ def print_results(runs: list[Run], args: argparse.Namespace) -> None:
     for name, about in CAPTIONS.items():
         if (runs[0].folder / name).exists():
             print(f"  {name:<22} {about}")
-    print(f"every other measure: python nc_metrics.py --run {runs[0].folder}")
-
-
-LAYOUT = (
-    "expected an .npz file of train_h (N, d) float and train_y (N,) integers, and if there are any test_h, "
-    "test_y, W (K, d), b (K,); labels count from 0: np.savez('features.npz', train_h=h, train_y=y)"
-)
-
-
-def read_features(path: Path) -> tuple[dict[str, Tensor], int]:
-    """The arrays of a features file, checked, and K. Raises UserError that names file, array and fault."""
-
-    def require(ok: bool, what: str) -> None:
-        if not ok:
-            raise UserError(f"{path}: {what}; {LAYOUT}")
-
-    require(path.suffix != ".npy", ".npy holds one array")
-    dimensions = {"train_h": 2, "train_y": 1, "test_h": 2, "test_y": 1, "W": 2, "b": 1}
-    try:
-        with np.load(path, allow_pickle=False) as file:  # never unpickles
-            found = {key: file[key] for key in dimensions if key in file}
-    except Exception as error:  # many kinds; all mean a missing or damaged file
-        reason = getattr(error, "strerror", None) or type(error).__name__
-        raise UserError(f"{path}: not a readable features file ({reason}); {LAYOUT}") from None
-    for key, a in found.items():
-        kind = np.integer if key.endswith("_y") else np.floating
-        ok = np.issubdtype(a.dtype, kind) and a.ndim == dimensions[key] and a.size
-        require(ok, f"{key} is {a.shape} {a.dtype}")
-        require(np.isfinite(a).all(), f"{key} has values that are not finite")
-        small = np.float64 if a.dtype.itemsize > 4 else np.float32
-        found[key] = a.astype(np.int64 if kind is np.integer else small)
-    splits = ("train", "test") if found.keys() & {"test_h", "test_y"} else ("train",)
-    for split in splits:
-        require({f"{split}_h", f"{split}_y"} <= found.keys(), f"{split}_h and {split}_y are needed together")
-    K = len(found["W"]) if "W" in found else int(found["train_y"].max()) + 1
-    d = found["train_h"].shape[1]
-    require(K >= 2, f"{K} class, and collapse needs two")
-    ok = "b" not in found or ("W" in found and len(found["b"]) == K)
-    require(ok, f"b is there, but not with the K = {K} rows of a W")
-    for key in found.keys() & {"test_h", "W"}:
-        require(found[key].shape[1] == d, f"{key} is {found[key].shape}, and train_h has d = {d}")
-    for split in splits:
-        y = found[f"{split}_y"]
-        n = len(found[f"{split}_h"])
-        require(len(y) == n, f"{split}_y is {y.shape}, and {split}_h has {n} rows")
-        ok = 0 <= y.min() and y.max() < K
-        require(ok, f"{split}_y has labels {y.min()} to {y.max()}, not 0 to {K - 1}")
-        counts = np.bincount(y, minlength=K)
-        require(counts.all(), f"class {counts.argmin()} has no sample in {split}_y")
-    return {key: torch.from_numpy(a) for key, a in found.items()}, K
 
 
 def report(args: argparse.Namespace) -> dict:
@@ -932,22 +938,13 @@ def report(args: argparse.Namespace) -> dict:
     path = args.features if args.features else args.run / "features.npz"
     if args.run and (Run(args.run).finished or {}).get("task") == "fewshot":
         raise UserError(f"--run {args.run}: a few-shot run is tested on other classes than it was trained on")
-    found, K = read_features(path)
-    device = metric_device(pick_device(args.device))
-    found = {key: array.to(device) for key, array in found.items()}
-    N, d = found["train_h"].shape
-    counts = torch.bincount(found["train_y"])
-    few = shot_groups(counts)[0]["few"]
-    if len(few) < 2:
-        few = torch.argsort(counts, stable=True)[:2]
-    measured = measure_splits(found, K, few)
-    result = {"file": str(path), "N": N, "d": d, "K": K, **measured}
+    result, found = measure_file(path, pick_device(args.device))
     if args.json:
         print(to_json(result, indent=1))
         return result
-    print(f"{path}: N = {N:,}, d = {d}, K = {K}\n")
-    print_measures([measured], K, d)
-    maps = {"class means, centred": class_sums(found["train_h"], found["train_y"], K).centred}
+    print(f"{path}: N = {result['N']:,}, d = {result['d']}, K = {result['K']}")
+    print_measures([result])
+    maps = {"class means, centred": class_sums(found["train_h"], found["train_y"], result["K"]).centred}
     maps |= {"class vectors": found["W"]} if "W" in found else {}
     maps = {name: cosines(V).fill_diagonal_(math.nan).cpu().numpy() for name, V in maps.items()}
     place = "-".join(path.resolve().with_suffix("").parts[1:][-4:])  # without the root: below --out
