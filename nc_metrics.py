@@ -2,6 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch", "torchvision", "numpy", "matplotlib", "scikit-learn", "tqdm"]
 # ///
+# %% [markdown]
 """Neural collapse: how to measure it, and what it hides.
 
 Sources: Papyan, Han & Donoho 2020 (neural collapse); Yang, Steinhardt & Hu 2023, Are Neurons Actually
@@ -29,10 +30,9 @@ five pairs), cluster the features inside each coarse class, and the fine labels 
     python nc_metrics.py --dataset cifar10 --coarse pairs --net cnn --per-class 1000 --epochs 50 --lr 0.05
     python nc_metrics.py --dataset mnist --optimizer adamw      published: SGD and Adam collapse, it does not
 
-FEATURES OF ANY FRAMEWORK: an npz file with the arrays
-    train_h (N, d) float, train_y (N,) integers 0..K-1; and if there are any: test_h, test_y (the same),
-    W (K, d) class vectors, b (K,) biases: logits h W^T + b. Without W all that needs it is left out.
-    np.savez("features.npz", train_h=h, train_y=y)
+FEATURES OF ANY FRAMEWORK: np.savez("features.npz", train_h=h, train_y=y) with train_h (N, d) float, train_y
+(N,) integers 0..K-1; and if there are any: test_h, test_y (the same), W (K, d) class vectors, b (K,) biases:
+logits h W^T + b. Without W all that needs it is left out.
 
 WHICH CONVENTION. Papers and code disagree; each metric's docstring in common.py names its own.
 - NC1: trace of Sigma_W pinv(Sigma_B), divided by K. Papyan et al.'s notebook does not divide. Sigma_W is
@@ -48,12 +48,15 @@ WHAT THE SOURCES LEAVE OPEN. Pairing class k with k + K/2, the matrix of mean sq
 inside each coarse class and naming the clusters by the best permutation are reconstructed. How features are
 prepared before k-means decides what is found, and what was published we do not know: unit length is our
 default, raw, whitened and t-SNE stand beside it (--cluster). Augmentation is off, as in the literature on
-neural collapse; --augment turns it on. On 8 x 8 digits an untrained network shows the pairs as well as a
-trained one, so that nothing follows from them: take real images, and read the untrained column.
+neural collapse. On 8 x 8 digits an untrained network shows the pairs as well as a trained one: take real
+images, and read the untrained column.
 """
 
-# %% [1] The method: measure, then look for what the measures miss. This cell runs alone in a notebook
-import math
+# %% [markdown]
+# # 1. The method: measure, then look for what the measures miss
+# This cell needs nothing else, so that it can be pasted into a notebook.
+
+# %%
 import warnings
 
 import numpy as np
@@ -107,17 +110,16 @@ def prepare(h: np.ndarray, how: str, seed: int) -> np.ndarray:
     whiten  the first five principal components, each at unit variance
     tsne    a t-SNE map of the unit features into the plane (Yang et al. may have used it; minutes at 10,000)
     """
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
     if how == "raw":
         return h
     if how == "whiten":
-        from sklearn.decomposition import PCA
-
         return PCA(min(5, *h.shape), whiten=True, svd_solver="full").fit_transform(h)
     length = np.linalg.norm(h, axis=1, keepdims=True)
     h = h / np.where(length > 0, length, 1)
     if how == "tsne" and np.ptp(h, axis=0).max() > 1e-6:  # equal rows would crash it
-        from sklearn.manifold import TSNE
-
         return TSNE(init="pca", perplexity=min(30, (len(h) - 1) / 3), random_state=seed).fit_transform(h)
     return h
 
@@ -161,27 +163,27 @@ def probe_accuracy(h: np.ndarray, y: np.ndarray, test_h: np.ndarray, test_y: np.
         return float(probe.fit(h, y).score(test_h, test_y))
 
 
-def distance_ratios(D: Tensor, coarse: Tensor) -> tuple[float, float]:
-    """Mean of D_ij over sisters (two fine classes of one coarse class) and over others, over that of D_ii.
+def sister_ratio(D: Tensor, coarse: Tensor) -> float:
+    """How far apart two fine classes of one coarse class are, over the distance within a fine class.
 
-    D (K, K) mean squared distances between fine classes, coarse (K,) their coarse class. 1: no farther apart
-    than two samples of one fine class; what NC1 -> 0 would have us believe of sisters.
+    Mean of D_ij over such sisters, over that of D_ii. D (K, K) mean squared distances between fine classes,
+    coarse (K,) their coarse class. 1: no farther apart than two samples of one fine class; what NC1 -> 0
+    would have us believe.
     """
     sisters = (coarse[:, None] == coarse).to(D.device)
     own = torch.eye(len(D), dtype=torch.bool, device=D.device)
-    within = D.diagonal().nanmean()
-    return float(D[sisters & ~own].mean() / within), float(D[~sisters].mean() / within)
+    return float(D[sisters & ~own].mean() / D.diagonal().nanmean())
 
 
-# %% Imports of the other cells
+# %%
+# Imports of the other cells
 import argparse
-import re
+import math
 from pathlib import Path
 from typing import NamedTuple
 
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
 from torch import nn
 
 from common import (
@@ -210,6 +212,7 @@ from common import (
     heat_maps,
     keep_per_class,
     logits,
+    mean_pairwise_cosine,
     mean_std,
     metric_device,
     minimise,
@@ -223,6 +226,7 @@ from common import (
     prepare_data,
     save_figure,
     self_duality,
+    shot_groups,
     simplex_etf_distance,
     split_name,
     styles,
@@ -234,7 +238,11 @@ from common import (
     zero_mean_metrics,
 )
 
-# %% [2] Theory check: configurations whose metrics are known exactly
+# %% [markdown]
+# # 2. Theory check
+# Configurations whose metrics are known exactly.
+
+# %%
 
 
 def simplex(K: int, d: int) -> Tensor:
@@ -268,12 +276,11 @@ def peeled_optimum(K: int, n: int, reg: float) -> tuple[Tensor, Tensor, Tensor]:
     return H, W, y
 
 
-def mixture(depth: int, steps: int, seed: int, width: int = 256) -> list[dict]:
-    """NC1 and purity of k-means four times on the way, where a ReLU network learns clusters in two classes.
+def mixture(depth: int, steps: int, seed: int, width: int = 256) -> dict[str, tuple[list, list]]:
+    """Curves over steps, NC1 and purity of k-means, where a ReLU network learns four clusters in two classes.
 
-    Four Gaussian clusters in d = 64: orthogonal means of norm 3, sigma = 0.5, 250 samples each; cluster k has
-    label k mod 2. `depth` hidden layers. SGD 0.1, momentum 0.9, weight decay 5e-4, batches of 128. Yang et
-    al. prove a theorem in a setting of this kind, which we did not see.
+    Gaussian clusters in d = 64: orthogonal means of norm 3, sigma = 0.5, 250 samples each, label k mod 2.
+    `depth` hidden layers. (Yang et al. prove a theorem in a setting of this kind, which we did not see.)
     """
     generator = torch.Generator().manual_seed(seed)
     fine = torch.arange(4).repeat_interleave(250)
@@ -282,25 +289,23 @@ def mixture(depth: int, steps: int, seed: int, width: int = 256) -> list[dict]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         layers = [layer for i in range(depth) for layer in (nn.Linear(width if i else 64, width), nn.ReLU())]
-        body = nn.Sequential(*layers)
-        head = nn.Linear(width, 2)
-    model = nn.ModuleList([body, head])
+        model = nn.Sequential(*layers, nn.Linear(width, 2))
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
-    seen = []
+    measured = {"NC1": [], "purity, raw": [], "purity, l2": [], "purity, whiten": []}
+    at = [steps // 100, steps // 10, steps // 3, steps]
     for step in range(1, steps + 1):
         rows = torch.randint(1000, (128,), generator=generator)
-        loss = F.cross_entropy(head(body(x[rows])), y[rows])
+        loss = F.cross_entropy(model(x[rows]), y[rows])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if step in (steps // 100, steps // 10, steps // 3, steps):
-            h = body(x).detach()
-            point = {"step": step, "nc1": nc1(h, y)[0]}
+        if step in at:
+            h = model[:-1](x).detach()
+            measured["NC1"].append(nc1(h, y)[0])
             for how in ("raw", "l2", "whiten"):
                 found = recover_labels(h.numpy(), y.numpy(), fine.numpy(), how, 0)
-                point[how] = clustering_agreement(found, fine)["purity"]
-            seen.append(point)
-    return seen
+                measured[f"purity, {how}"].append(clustering_agreement(found, fine)["purity"])
+    return {name: (at, values) for name, values in measured.items()}
 
 
 def check_theory(folder: Path) -> dict:
@@ -336,20 +341,19 @@ def check_theory(folder: Path) -> dict:
     claims.equal("The layer-peeled model collapses wholly: largest of NC0 to NC4", 0, worst, 1e-6)
 
     # A network on four clusters in two classes: NC1 falls, the clusters remain
-    path = mixture(depth=4, steps=1000, seed=0)
-    claims.at_most("Four clusters in two classes, four hidden layers: NC1", 0.05, path[-1]["nc1"])
-    purity = path[-1]["whiten"]
+    points = mixture(depth=4, steps=1000, seed=0)
+    claims.at_most("Four clusters in two classes, four hidden layers: NC1", 0.05, points["NC1"][1][-1])
+    purity = points["purity, whiten"][1][-1]
     claims.at_least("   k-means finds the clusters once whitened: purity", 0.999, purity)
-
-    names = {"nc1": "NC1", "raw": "purity, raw", "l2": "purity, unit length", "whiten": "purity, whitened"}
-    steps = [point["step"] for point in path]
-    points = {name: (steps, [point[key] for point in path]) for key, name in names.items()}
     axes = {"xscale": "log", "xlabel": "training step", "ylabel": "NC1; purity of k-means in a class"}
     curves(folder / "synthetic.png", points, styles(points), **axes)
     return claims.report(folder / "synthetic.png")
 
 
-# %% [3] Network
+# %% [markdown]
+# # 3. Network
+
+# %%
 
 
 # [copied: resnet32]
@@ -420,51 +424,45 @@ def resnet18(channels: int) -> nn.Module:
 # [end copied]
 
 
-class StridedCNN(nn.Module):
-    """The laptop's network: four 3x3 convolutions with BatchNorm, channels 32 to 256, 0.39 M parameters.
+# [copied: smallcnn]
+class SmallCNN(nn.Module):
+    """Three 3x3 convolutions with BatchNorm, ReLU and max-pool: (B, C, H, W) -> h (B, 128 * width), h >= 0.
 
-    Images (B, C, H, W) of any size -> features h (B, 256), h >= 0; convolutions 2 to 4 halve H and W.
+    Ours, for a laptop: 0.09 M parameters at width 1, seven times the images per second of ResNet-32.
     """
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int = 3, width: int = 1):
         super().__init__()
-        self.d = 256
-        layers, now = [], channels
-        for c in (32, 64, 128, self.d):
-            stride = 1 if now == channels else 2
-            layers += [nn.Conv2d(now, c, 3, stride, padding=1, bias=False), nn.BatchNorm2d(c), nn.ReLU()]
-            now = c
+        self.d = 128 * width
+        layers = []
+        for c in (32 * width, 64 * width, 128 * width):
+            conv = nn.Conv2d(channels, c, 3, padding=1, bias=False)
+            layers += [conv, nn.BatchNorm2d(c), nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True)]
+            channels = c
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x).mean((2, 3))  # global average pool
 
 
-NETWORKS = {"cnn": StridedCNN, "resnet18": resnet18, "resnet32": ResNet32}
+# [end copied]
+
+NETWORKS = {"cnn": SmallCNN, "resnet18": resnet18, "resnet32": ResNet32}
 
 
-def build_model(net: str, channels: int, K: int) -> nn.ModuleDict:
+def build_model(args: argparse.Namespace, data: Dataset) -> nn.ModuleDict:
     """Network and linear classifier with bias, as in the published runs."""
-    network = NETWORKS[net](channels)
-    return nn.ModuleDict({"network": network, "classifier": nn.Linear(network.d, K)})
+    network = NETWORKS[args.net](data.train_x.shape[3])
+    return nn.ModuleDict({"network": network, "classifier": nn.Linear(network.d, len(data.classes))})
 
 
-# %% [4] Training
+# %% [markdown]
+# # 4. Training
+
+# %%
 
 
-def cross_entropy(z: Tensor, y: Tensor) -> Tensor:
-    """CE of logits z (B, K) and labels y (B,), mean over the batch."""
-    return F.cross_entropy(z, y)
-
-
-def squared_error(z: Tensor, y: Tensor) -> Tensor:
-    """1/2 mean_i ||z_i - e_y||^2 (Han et al. 2022), logits z (B, K), labels y (B,)."""
-    e = torch.eye(z.shape[1], device=z.device)  # F.one_hot looks at its labels: the device would be asked
-    return 0.5 * (z - e[y]).square().sum(1).mean()
-
-
-LOSSES = {"ce": cross_entropy, "mse": squared_error}
-METHODS = {"ce": "cross-entropy", "mse": "squared error to the one-hot label"}
+METHODS = {"ce": "cross-entropy, linear classifier with bias"}
 # SGD and Adam have the weight decay in the gradient, AdamW beside it: that decides about NC0 (2602.16642)
 OPTIMIZERS = {
     "sgd": lambda parameters, **options: torch.optim.SGD(parameters, momentum=0.9, **options),
@@ -477,12 +475,12 @@ RECIPES = {
     "digits": {"epochs": 100, "batch_size": 64, "net": "cnn"},
 }
 # Learning rates of SGD, those of the released ZNC code for ResNet-18; and the class size it cuts to
-RATES = {"digits": 0.05, "mnist": 0.0133, "fashionmnist": 0.13, "svhn": 0.0096}
-RATE = 0.068
+RATES = {"": 0.068, "digits": 0.05, "mnist": 0.0133, "fashionmnist": 0.13, "svhn": 0.0096}
 ADAM_RATE = 0.001
 PER_CLASS = {"mnist": 5000, "svhn": 4600}
+# Epochs at which all is measured, as in that code
 MILESTONES = {1, 2, 3, 4, 5, 7, 9, 11, 14, 18, 23, 28, 34, 41, 49, 59, 70, 82, 95, 110, 127, 145, 165, 187}
-MILESTONES |= {211, 237, 265, 295, 327, 350}  # epochs at which all is measured, as in that code
+MILESTONES |= {211, 237, 265, 295, 327, 350}
 ZERO_ERROR = 0.999  # share of right images from which an epoch counts as one of zero error
 
 
@@ -497,19 +495,15 @@ class Fine(NamedTuple):
 
 def learning_rate(epoch: int, args: argparse.Namespace) -> float:
     """--lr, a tenth of it after a third of the epochs, a hundredth after two thirds."""
-    done = epoch / args.epochs
-    if done < 1 / 3:
-        return args.lr
-    return args.lr * (0.1 if done < 2 / 3 else 0.01)
+    return args.lr * (1, 0.1, 0.01)[3 * epoch // args.epochs]
 
 
-def train(args: argparse.Namespace, name: str, seed: int, data: Dataset, run: Run) -> nn.ModuleDict:
-    """Train with one loss and one seed, from the last checkpoint on. Returns the model."""
+def train(args: argparse.Namespace, seed: int, data: Dataset, fine: Fine | None, run: Run) -> dict:
+    """Train with one seed, from the last checkpoint on. Returns what was measured at the end."""
     N = len(data.train_y)
     torch.manual_seed(seed)  # initial weights
     generator = torch.Generator().manual_seed(seed)  # order and augmentation
-    model = build_model(args.net, data.train_x.shape[3], len(data.classes))
-    model = model.to(run.device, memory_format=torch.channels_last)
+    model = build_model(args, data).to(run.device, memory_format=torch.channels_last)
     network, classifier = run.prepare(model)  # speed only: --compile
     options = {"lr": args.lr, "weight_decay": args.weight_decay, "fused": run.fused}
     optimizer = OPTIMIZERS[args.optimizer](model.parameters(), **options)
@@ -528,27 +522,39 @@ def train(args: argparse.Namespace, name: str, seed: int, data: Dataset, run: Ru
             with run.autocast():  # bf16 inside the network only
                 h = network(x)  # (B, C, H, W) -> (B, d)
             z = classifier(h.float())  # (B, K)
-            loss = LOSSES[name](z, y)
+            loss = F.cross_entropy(z, y)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             right += (z.detach().argmax(1) == y).sum()
             run.add_loss(loss)  # stays on the device; read once per epoch
         run.log(lr=learning_rate(epoch, args), running_accuracy=float(right) / N)
-        if epoch + 1 in MILESTONES or run.is_test_epoch(epoch):
+        due = epoch + 1 in MILESTONES or run.is_test_epoch(epoch)
+        if due and loss.isfinite():  # if not, run.epochs says so and stops
             measured, arrays = measure_model(model, data, run)
             run.log(**measured, plane=plane(arrays["train_h"], arrays["train_y"]))
-    return model
+    return conclude(args, data, fine, model, run)
 
 
-# %% [5] Results
+# %% [markdown]
+# # 5. Results
+
+# %%
 
 
-def measure(h: Tensor, y: Tensor, K: int, W=None, b=None, means=None) -> dict[str, float]:
-    """NC0 to NC4 of one split: features h (N, d), labels y (N,), class vectors W (K, d), biases b (K,).
+def directions(V: Tensor, few: Tensor, suffix: str) -> dict[str, float]:
+    """Generalized collapse of the rows of V (K, d), and how close the classes `few` are to one another."""
+    found = generalized_metrics(V)
+    found |= {"minority_angle": minority_angle(V, few), "minority_cosine": mean_pairwise_cosine(V, few)}
+    return {f"{key}_{suffix}": value for key, value in found.items()}
+
+
+def measure(h: Tensor, y: Tensor, K: int, W=None, b=None, means=None, few=None) -> dict[str, float]:
+    """Accuracy and NC0 to NC4 of features h (N, d), labels y (N,), class vectors W (K, d), biases b (K,).
 
     means (K, d): the class means that NC4 decides by, the training split's; this split's own by default.
-    Without W what needs it is left out. Raises ValueError for a class without samples.
+    few: the rare classes; with them come the measures that cost more. Without W what needs it is left out.
+    Raises ValueError for a class without samples.
     """
     sums = class_sums(h, y, K)
     M = sums.centred  # (K, d)
@@ -565,6 +571,7 @@ def measure(h: Tensor, y: Tensor, K: int, W=None, b=None, means=None) -> dict[st
     if W is not None:
         decision = logits(h, W, b).argmax(1)
         result |= {
+            "accuracy": float((decision == y.to(decision.device)).double().mean()),
             "nc0": nc0(W),
             "nc2_equinorm_W": equinorm(W),
             "nc2_equiangular_W": equiangularity(W),
@@ -573,21 +580,32 @@ def measure(h: Tensor, y: Tensor, K: int, W=None, b=None, means=None) -> dict[st
             "nc3_etf": simplex_etf_distance(W, M),
             "nc4": nearest_mean_mismatch(h, decision, sums.mean if means is None else means),
         }
+    if few is not None:
+        result |= {"vci": vci(h, y, sums), "znc1": nc1(h, y, sums, centred=False)[0]}
+        result |= zero_mean_metrics(sums.mean, W) | directions(M, few, "M")
+        result["gnc1"] = nc1(unit(h).nan_to_num(), y)[0]  # a feature of zeros stays one
+        result |= {} if W is None else {"gnc3": gnc3(W, M)}
     return result
 
 
-def measure_more(h: Tensor, y: Tensor, K: int, few: Tensor, W=None) -> dict[str, float]:
-    """What costs more, of one split: VCI, zero-mean and generalized collapse, the angle between the few."""
-    sums = class_sums(h, y, K)
-    M = sums.centred
-    result = {"vci": vci(h, y, sums), "znc1": nc1(h, y, sums, centred=False)[0]}
-    result |= zero_mean_metrics(sums.mean, W)
-    result["gnc1"] = nc1(unit(h).nan_to_num(), y)[0]  # a feature of zeros stays one
-    result |= {f"{key}_M": value for key, value in generalized_metrics(M).items()}
-    result["minority_angle_M"] = minority_angle(M, few)
-    if W is not None:
-        result["gnc3"] = gnc3(W, M)
-    return result
+def measure_splits(arrays: dict[str, Tensor], K: int, few: Tensor | None = None) -> dict[str, dict]:
+    """{"train": ..., "test": ...}, measures of the features in `arrays`, which are named as in features.npz.
+
+    Test features are measured around their own class means, but NC4 decides by those of training. What
+    concerns W alone is in "train".
+    """
+    W = arrays.get("W")
+    means = class_means(arrays["train_h"], arrays["train_y"], K)
+    found = {}
+    for split in ("train", "test"):
+        if f"{split}_h" in arrays:
+            h, y = arrays[f"{split}_h"], arrays[f"{split}_y"]
+            found[split] = measure(h, y, K, W, arrays.get("b"), means, few)
+    for key in [key for key in found.get("test", {}) if key == "nc0" or key.endswith("_W")]:
+        del found["test"][key]
+    if few is not None and W is not None:
+        found["train"] |= directions(W, few, "W")
+    return found
 
 
 @torch.no_grad()
@@ -599,26 +617,22 @@ def embed(network: nn.Module, images: Tensor, data: Dataset, run: Run) -> Tensor
     for _, x in loader.epoch(torch.arange(len(images)), 1000):
         with run.autocast():
             hs.append(network(x).float())
-    return torch.cat(hs).to(metric_device(run.device))
+    h = torch.cat(hs).to(metric_device(run.device))
+    if not h.isfinite().all():
+        raise UserError(f"{run.title}: features that are not finite; lower --lr and --overwrite")
+    return h
 
 
 def measure_model(model: nn.ModuleDict, data: Dataset, run: Run) -> tuple[dict, dict[str, Tensor]]:
-    """Accuracies and metrics of both splits, and the features and class vectors they were measured on."""
-    K = len(data.classes)
-    train_h, test_h = (embed(model["network"], x, data, run) for x in (data.train_x, data.test_x))
-    device = train_h.device
-    train_y = data.train_y.to(device)
-    test_y = data.test_y.to(device)
-    W, b = (parameter.detach().to(device) for parameter in model["classifier"].parameters())
-    result = {
-        "accuracy": float(((test_h @ W.T + b).argmax(1) == test_y).double().mean()),
-        "train_accuracy": float(((train_h @ W.T + b).argmax(1) == train_y).double().mean()),
-    }
-    result |= measure(train_h, train_y, K, W, b)
-    on_test = measure(test_h, test_y, K, W, b, class_means(train_h, train_y, K))
-    result |= {f"test_{key}": v for key, v in on_test.items() if not key.endswith("_W") and key != "nc0"}
-    arrays = {"train_h": train_h, "train_y": train_y, "test_h": test_h, "test_y": test_y, "W": W, "b": b}
-    return result, arrays
+    """Accuracies and measures, those of the test split as test_..., and the arrays that they are of."""
+    arrays = {}
+    for split, x, y in (("train", data.train_x, data.train_y), ("test", data.test_x, data.test_y)):
+        h = embed(model["network"], x, data, run)
+        arrays |= {f"{split}_h": h, f"{split}_y": y.to(h.device)}
+    arrays["W"], arrays["b"] = (p.detach().to(h.device) for p in model["classifier"].parameters())
+    found = measure_splits(arrays, len(data.classes))
+    accuracy = {"accuracy": found["test"].pop("accuracy"), "train_accuracy": found["train"].pop("accuracy")}
+    return accuracy | found["train"] | {f"test_{key}": v for key, v in found["test"].items()}, arrays
 
 
 def plane(h: Tensor, y: Tensor) -> list:
@@ -637,7 +651,7 @@ def plane(h: Tensor, y: Tensor) -> list:
 def untrained(args: argparse.Namespace, seed: int, data: Dataset, run: Run) -> tuple[Tensor, Tensor]:
     """Features of the network before its first step: random weights; the images set BatchNorm's averages."""
     torch.manual_seed(seed)
-    network = build_model(args.net, data.train_x.shape[3], len(data.classes))["network"].to(run.device)
+    network = build_model(args, data)["network"].to(run.device)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None  # a plain average over the batches below
@@ -655,18 +669,17 @@ def fine_structure(h: Tensor, test_h: Tensor, fine: Fine, clusterings: list[str]
     test labels; beside it a probe trained on the true ones, with the same features.
     """
     D = class_distances(h, fine.train_y)
-    sister, other = distance_ratios(D, fine.coarse)
     coarse_y = fine.coarse[fine.train_y].numpy()
     y = fine.train_y.numpy()
     test_y = fine.test_y.numpy()
     h = h.cpu().numpy()
     test_h = test_h.cpu().numpy()
-    result = {"sister_ratio": sister, "other_ratio": other, "class_distances": D.tolist()}
+    result = {"sister_ratio": sister_ratio(D, fine.coarse), "class_distances": D.tolist()}
     result["oracle_probe"] = probe_accuracy(h, y, test_h, test_y)
     for how in clusterings:
         found = recover_labels(h, coarse_y, y, how, seed)
-        probe = probe_accuracy(h, found, test_h, test_y)
-        result[how] = clustering_agreement(found, y) | {"probe": probe}
+        result[how] = clustering_agreement(found, y)
+        result[how]["probe"] = probe_accuracy(h, found, test_h, test_y)
     return result
 
 
@@ -674,201 +687,91 @@ def conclude(args: argparse.Namespace, data: Dataset, fine: Fine | None, model, 
     """Everything that is measured after training, fine labels recovered if there are any; features.npz."""
     result, arrays = measure_model(model, data, run)
     reached = [line["epoch"] for line in run.history if line["running_accuracy"] >= ZERO_ERROR]
-    result["zero_error_epoch"] = reached[0] if reached else None
-    result["counts"] = data.counts.tolist()
+    result |= {"zero_error_epoch": min(reached, default=None), "counts": data.counts.tolist()}
     if fine is not None:
-        h, test_h = arrays["train_h"], arrays["test_h"]
+        features = arrays["train_h"], arrays["test_h"]
         generator = torch.Generator().manual_seed(run.seed)
-        noise = [torch.randn(features.shape, generator=generator) for features in (h, test_h)]
-        first = args.cluster[:1]  # the controls get one clustering
+        noise = [torch.randn(h.shape, generator=generator) for h in features]
         start = untrained(args, run.seed, data, run)
-        found = {
-            "trained": fine_structure(h, test_h, fine, args.cluster, run.seed),
-            "untrained": fine_structure(*start, fine, first, run.seed),
-            "random": fine_structure(*noise, fine, first, run.seed),
-        }
-        best = found["trained"][first[0]]
-        result |= {"purity": best["purity"], "probe": best["probe"], "fine": found}
-        result["untrained_purity"] = found["untrained"][first[0]]["purity"]
-        result |= {key: found["trained"][key] for key in ("oracle_probe", "sister_ratio", "other_ratio")}
+        how = args.cluster[0]  # the controls get one clustering
+        trained = fine_structure(*features, fine, args.cluster, run.seed)
+        control = fine_structure(*start, fine, [how], run.seed)
+        chance = fine_structure(*noise, fine, [how], run.seed)
+        result["fine"] = {"trained": trained, "untrained": control, "random": chance}
+        result |= {"purity": trained[how]["purity"], "untrained_purity": control[how]["purity"]}
+        result |= {"probe": trained[how]["probe"], "oracle_probe": trained["oracle_probe"]}
+        result["sister_ratio"] = trained["sister_ratio"]
         arrays |= {"train_fine": fine.train_y, "test_fine": fine.test_y}
     run.save_features(**arrays)
     return result
 
 
-# Panels of collapse.png: title, and the key of its curve; on the test split the key has test_ before it
-PANELS = {
-    "error (%)": "error",
-    "NC1: spread within classes": "nc1",
-    "NC2: mean |cos + 1/(K-1)|": "nc2_equiangular_M",
-    "NC3: class vectors against means": "nc3",
-    "NC4: nearest mean differs (%)": "nc4",
-    "NC0: sum of class vectors": "nc0",
+CURVES = {"NC0": "nc0", "NC1": "nc1", "NC1, test": "test_nc1", "NC2": "nc2_equiangular_M"}
+CURVES |= {"NC3": "nc3", "NC4": "nc4"}
+CAPTIONS = {
+    "collapse.png": "NC0 to NC4 over the epochs; 0 is full collapse",
+    "falling.png": "features of three classes fall together over the epochs",
+    "hidden.png": "fine classes inside coarse ones, never named in training",
+    "class_distances.png": "distances of the fine classes before and after training",
 }
 
 
-def draw_collapse(run: Run) -> None:
-    """collapse.png: NC0 to NC4 and the error over the epochs, train and test, the zero-error epoch marked."""
+def draw_figures(run: Run, classes: tuple[str, ...], fine: Fine | None) -> None:
+    """collapse.png, and falling.png or, where labels were coarse, hidden.png and class_distances.png."""
     lines = [line for line in run.history if "nc1" in line]
-    for line in lines:
-        line |= {"error": 1 - line["train_accuracy"], "test_error": 1 - line["accuracy"]}
-    look = styles(["training images", "test images"])
-    figure = Figure(figsize=(10, 5.4), layout="constrained")
-    for plot, (title, key) in zip(figure.subplots(2, 3).flat, PANELS.items(), strict=True):
-        percent = "%" in title
-        for prefix, label in (("", "training images"), ("test_", "test images")):
-            points = [(line["epoch"], line[prefix + key]) for line in lines if prefix + key in line]
-            if points:
-                x, values = np.array(points, dtype=float).T
-                plot.plot(x, values * (100 if percent else 1), label=label, ms=4, **look[label])
-        plot.axvline(run.finished["zero_error_epoch"], color="0.6", ls=":", lw=2, label="zero error")
-        plot.set(title=title, xlabel="epoch", xscale="log", yscale="linear" if percent else "log")
-        for axis in (plot.xaxis,) if percent else (plot.xaxis, plot.yaxis):
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.set_major_formatter("{x:g}")
-            axis.set_minor_locator(NullLocator())
-    handles = figure.axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=3, frameon=False)
-    save_figure(run.folder / "collapse.png", figure)
+    epochs = [line["epoch"] for line in lines]
+    points = {name: (epochs, [line[key] for line in lines]) for name, key in CURVES.items()}
+    zero = run.finished["zero_error_epoch"]
+    epoch = "epoch" if math.isnan(zero) else f"epoch; zero training error from epoch {zero} on"
+    axes = {"xscale": "log", "yscale": "log", "xlabel": epoch, "ylabel": "0 at full collapse"}
+    curves(run.folder / "collapse.png", points, styles(points), **axes)
+    if fine is not None:
+        draw_fine(run, fine)
+        return
+    panels = {}
+    for i in sorted({0, len(lines) // 3, 2 * len(lines) // 3, len(lines) - 1}):
+        groups = zip(classes, lines[i]["plane"], strict=False)
+        panels[f"epoch {epochs[i]}"] = {name: np.array(points) for name, points in groups}
+    scatters(run.folder / "falling.png", panels, "class", "unit: length of a mean", sharex=True, sharey=True)
 
 
-def draw_falling(run: Run, classes: tuple[str, ...]) -> None:
-    """falling.png: features of three classes at four epochs, in the plane of their class means."""
-    lines = [line for line in run.history if "plane" in line]
-    steps = sorted({0, len(lines) // 3, 2 * len(lines) // 3, len(lines) - 1})
-    figure = Figure(figsize=(2.8 * len(steps) + 1.2, 3), layout="constrained")
-    names = [name.replace("$", r"\$") for name in classes[:3]]
-    plots = figure.subplots(1, len(steps), sharex=True, sharey=True, squeeze=False)
-    for plot, step in zip(plots.flat, steps, strict=True):
-        for points, name, look in zip(lines[step]["plane"], names, styles(names).values(), strict=True):
-            plot.scatter(*np.transpose(points)[:2], s=10, label=name, **look)
-        plot.set(title=f"epoch {lines[step]['epoch']}", aspect="equal", xlabel="unit: length of a mean")
-    handles = figure.axes[0].get_legend_handles_labels()
-    figure.legend(*handles, title="class", loc="outside right upper", frameon=False)
-    save_figure(run.folder / "falling.png", figure)
+def scatters(path: Path, panels: dict[str, dict], legend: str, xlabel: str, **share) -> None:
+    """Points in the plane side by side, {title: {name: (n, 2)}}, below each the legend of its names."""
+    figure = Figure(figsize=(2.8 * len(panels), 3.8), layout="constrained")
+    plots = figure.subplots(1, len(panels), squeeze=False, **share)
+    for plot, (title, groups) in zip(plots.flat, panels.items(), strict=True):
+        for (name, points), look in zip(groups.items(), styles(groups).values(), strict=True):
+            plot.scatter(points[:, 0], points[:, 1], s=8, label=name.replace("$", r"\$"), **look)
+        plot.set(title=title, xlabel=xlabel)
+        plot.legend(title=legend, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, frameon=False)
+    save_figure(path, figure)
 
 
 def draw_fine(run: Run, fine: Fine) -> None:
     """hidden.png: the fine classes inside coarse ones, by PCA. class_distances.png: before and after."""
+    from sklearn.decomposition import PCA
+
     features = run.load_features()
-    shown = min(4, int(fine.coarse.max()) + 1)
-    figure = Figure(figsize=(3 * shown, 3.4), layout="constrained")
-    for c, plot in enumerate(figure.subplots(1, shown)):
+    panels = {}
+    for c in range(min(4, len(fine.coarse.unique()))):
         inside = features["train_y"] == c
-        h = prepare(features["train_h"][inside], "l2", 0)
-        h = h - h.mean(0)
-        components = h @ np.linalg.svd(h, full_matrices=False)[2][:2].T  # (n, 2), the first two
-        members = torch.nonzero(fine.coarse == c).flatten().tolist()
-        for k, look in zip(members, styles(members).values(), strict=True):
-            own = features["train_fine"][inside] == k
-            plot.scatter(*components[own].T, s=6, label=fine.classes[k].replace("$", r"\$"), **look)
-        plot.set(title=f"coarse class {c}", xlabel="first component", ylabel="second component")
-        plot.legend(title="fine class", fontsize="small")
-    save_figure(run.folder / "hidden.png", figure)
+        points = PCA(2).fit_transform(prepare(features["train_h"][inside], "l2", 0))
+        own = {k: features["train_fine"][inside] == k for k in np.flatnonzero(fine.coarse == c)}
+        panels[f"coarse class {c}"] = {fine.classes[k]: points[rows] for k, rows in own.items()}
+    scatters(run.folder / "hidden.png", panels, "fine class", "two principal components")
 
     order = torch.argsort(fine.coarse, stable=True).numpy()  # sisters beside each other
     maps = {}
     for source in ("untrained", "trained"):
-        found = run.finished["fine"][source]
-        D = np.array(found["class_distances"])[np.ix_(order, order)]
-        maps[f"{source}: sisters / within {found['sister_ratio']:.2f}"] = D / np.diag(D).mean()
+        D = np.array(run.finished["fine"][source]["class_distances"])[np.ix_(order, order)]
+        maps[source] = D / np.diag(D).mean()
     limits = (0, max(values.max() for values in maps.values()))
-    names = [fine.classes[k].replace("$", r"\$") for k in order]
-    ticks = {"xticks": [], "yticks": [], "ylabel": "fine class, sisters side by side"}
-    if len(names) <= 20:
-        ticks |= {"yticks": range(len(names)), "yticklabels": names}
     label = "squared distance / that within a class"
-    heat_maps(run.folder / "class_distances.png", maps, label=label, limits=limits, diverging=False, **ticks)
-
-
-def print_results(runs: list[Run], fine: Fine | None, args: argparse.Namespace) -> None:
-    """A row per loss, mean ± std over seeds: accuracies, NC1 to NC4, what was recovered; what it means."""
-    percent = {"accuracy": "accuracy", "train_accuracy": "train"}
-    plain = {"nc1": "NC1", "nc2_equiangular_M": "NC2", "nc3": "NC3", "nc4": "NC4", "nc0": "NC0"}
-    plain |= {"test_nc1": "test NC1", "cdnv": "CDNV"}
-    hidden = {"purity": "purity", "untrained_purity": "untrained", "probe": "probe", "oracle_probe": "true"}
-    if fine is None:
-        hidden = {}
-    rows = []
-    for name in args.method:
-        found = [run.finished for run in runs if run.name == name]
-        cells = [mean_std([result[key] for result in found], 2, 100) for key in percent]
-        cells += [mean_std([result[key] for result in found], 4) for key in plain]
-        cells += [mean_std([result[key] for result in found], 2, 100) for key in hidden]
-        rows.append([name, len(found), *cells])
-    header = ["loss", "seeds", *percent.values(), *plain.values(), *hidden.values()]
-    print("\n" + table(header, rows))
-    print("""accuracy, train: % of the test and training images right after the last epoch
-NC1 to NC4, NC0, CDNV: of the training features; all are 0 at full collapse. NC1: spread within classes,
-NC2: mean |cos + 1/(K-1)| of the class means, NC3: class vectors against means, NC4: share of images whose
-nearest class mean is not the decision, NC0: squared length of the class vectors' sum over K""")
-    if fine:
-        print(f"""purity: % of the fine training labels found by k-means ({args.cluster[0]}) in coarse classes
-untrained: the same by the network before training, the control
-probe: % of the fine test labels by a linear probe trained on labels so found; true: on the true ones""")
-        print(f"\n{runs[0].name} seed {runs[0].seed}:\n{fine_table(runs[0].finished['fine'])}")
-    pictures = ["collapse.png           NC0 to NC4 over the epochs, training and test images"]
-    if fine:
-        pictures.append("hidden.png             fine classes inside coarse ones, never named in training")
-        pictures.append("class_distances.png    distances of the fine classes before and after training")
-    else:
-        pictures.append("falling.png            features of three classes fall together over the epochs")
-    print(f"\nfigures in {runs[0].folder} and the other run folders:", *pictures, sep="\n  ")
-
-
-def fine_table(found: dict) -> str:
-    """What one run's features gave: a row for each source and clustering."""
-    rows = []
-    for source, result in found.items():
-        for how in [how for how in CLUSTERINGS if how in result]:
-            agreement = [f"{100 * result[how][key]:.2f}" for key in ("purity", "matched", "probe")]
-            scores = [f"{result[how][key]:.3f}" for key in ("nmi", "ari")]
-            oracle = f"{100 * result['oracle_probe']:.2f}"
-            ratio = f"{result['sister_ratio']:.3f}"
-            rows.append([f"{source}, {how}", *agreement, oracle, *scores, ratio])
-    header = ["features, k-means on", "purity %", "train %", "probe %", "true %", "NMI", "ARI"]
-    return table([*header, "sisters / within"], rows)
-
-
-# What --features prints: what it is, by which convention, and its value at complete collapse
-EXPLAINED = {
-    "nc1": ("NC1 tr(Sigma_W pinv(Sigma_B)) / K", "0"),
-    "nc2_equinorm": ("NC2 std / mean of lengths", "0"),
-    "nc2_equiangular": ("NC2 mean |cos + 1/(K-1)|", "0"),
-    "nc3": ("NC3 ||W/|W| - M/|M|||^2", "0"),
-    "nc4": ("NC4 share not decided by nearest mean", "0"),
-    "nc0": ("NC0 ||sum of class vectors||^2 / K", "0"),
-    "nc1_rank": ("NC1 rank of Sigma_B that was kept", "rank"),
-    "trace_ratio": ("tr Sigma_W / tr Sigma_B", "0"),
-    "cdnv": ("CDNV, mean over class pairs", "0"),
-    "vci": ("VCI, variability collapse index", "0"),
-    "nc2_etf": ("NC2 distance of Gram matrix from ETF's", "0"),
-    "nc3_etf": ("NC3 distance of W M^T from ETF's", "0"),
-    "znc1": ("ZNC1, NC1 around the origin", "0"),
-    "znc_equinorm": ("ZNC2 std / mean of lengths", "0"),
-    "znc_mean_cosine": ("ZNC2 mean |cos|", "0"),
-    "znc_max_cosine": ("ZNC2 largest |cos|", "0"),
-    "znc_cosine_spread": ("ZNC2 std of cos", "0"),
-    "znc_alignment": ("ZNC3 ||W/|W| - M/|M|||^2, M not centred", "0"),
-    "gnc1": ("GNC1, NC1 of unit features", "0"),
-    "gnc_log_energy": ("GNC2 mean log(1/r)", "log"),
-    "gnc_riesz1_energy": ("GNC2 mean 1/r", "riesz1"),
-    "gnc_riesz2_energy": ("GNC2 mean 1/r^2", "riesz2"),
-    "gnc_smallest_angle": ("GNC2 smallest angle (degrees)", "angle"),
-    "gnc_one_vs_rest": ("GNC2 one-vs-rest distance", "rest"),
-    "gnc_one_vs_rest_gap": ("GNC2 known to within", "0"),
-    "gnc3": ("GNC3 mean of 1 - cos(w_k, mu_k - mu_G)", "0"),
-    "minority_angle": ("minority: mean angle (degrees)", "angle"),
-}
-
-
-def collapse_targets(K: int, d: int) -> dict[str, str]:
-    """Values at complete collapse; those that depend on K are the simplex's, K <= d + 1, and open beyond."""
-    r2 = 2 * K / (K - 1)
-    values = {"log": -math.log(r2) / 2, "riesz1": r2**-0.5, "riesz2": 1 / r2, "rest": K / (K - 1)}
-    values["angle"] = math.degrees(math.acos(-1 / (K - 1)))
-    known = {key: f"{value:.6g}" if K <= d + 1 else "-" for key, value in values.items()}
-    return known | {"0": "0", "rank": str(min(K - 1, d))}
+    axes = {"xlabel": "fine class, sisters side by side"}
+    if len(order) <= 20:
+        axes |= {"xticks": [], "yticks": range(len(order)), "yticklabels": [fine.classes[k] for k in order]}
+        axes["yticklabels"] = [name.replace("$", r"\$") for name in axes["yticklabels"]]
+    heat_maps(run.folder / "class_distances.png", maps, label=label, limits=limits, diverging=False, **axes)
 
 
 LAYOUT = (
@@ -920,63 +823,142 @@ def read_features(path: Path) -> tuple[dict[str, Tensor], int]:
     return {key: torch.from_numpy(a) for key, a in found.items()}, K
 
 
+def measure_file(path: Path, device: torch.device) -> tuple[dict, dict[str, Tensor]]:
+    """Every measure of a features file, {"K": ..., "train": {...}, "test": {...}}, and its arrays."""
+    found, K = read_features(path)
+    found = {key: array.to(metric_device(device)) for key, array in found.items()}
+    N, d = found["train_h"].shape
+    counts = torch.bincount(found["train_y"])
+    few = shot_groups(counts)[0]["few"]
+    if len(few) < 2:
+        few = torch.argsort(counts, stable=True)[:2]
+    return {"file": str(path), "N": N, "d": d, "K": K, **measure_splits(found, K, few)}, found
+
+
+# The rows of the tables: what it is, by which convention, and its value at complete collapse
+MEASURES = {
+    "accuracy": ("accuracy, share decided right", ""),
+    "nc1": ("NC1 tr(Sigma_W pinv(Sigma_B)) / K", "0"),
+    "nc2_equinorm": ("NC2 std / mean of lengths", "0"),
+    "nc2_equiangular": ("NC2 mean |cos + 1/(K-1)|", "0"),
+    "nc3": ("NC3 ||W/|W| - M/|M|||^2", "0"),
+    "nc4": ("NC4 share not decided by nearest mean", "0"),
+    "nc0": ("NC0 ||sum of class vectors||^2 / K", "0"),
+    "nc1_rank": ("NC1 rank of Sigma_B that was kept", "rank"),
+    "trace_ratio": ("tr Sigma_W / tr Sigma_B", "0"),
+    "cdnv": ("CDNV, mean over class pairs", "0"),
+    "vci": ("VCI, variability collapse index", "0"),
+    "nc2_etf": ("NC2 distance of Gram matrix from ETF's", "0"),
+    "nc3_etf": ("NC3 distance of W M^T from ETF's", "0"),
+    "znc1": ("ZNC1, NC1 around the origin", "0"),
+    "znc_equinorm": ("ZNC2 std / mean of lengths", "0"),
+    "znc_mean_cosine": ("ZNC2 mean |cos|", "0"),
+    "znc_max_cosine": ("ZNC2 largest |cos|", "0"),
+    "znc_cosine_spread": ("ZNC2 std of cos", "0"),
+    "znc_alignment": ("ZNC3 ||W/|W| - M/|M|||^2, M not centred", "0"),
+    "gnc1": ("GNC1, NC1 of unit features", "0"),
+    "gnc_log_energy": ("GNC2 mean log(1/r)", "log"),
+    "gnc_riesz1_energy": ("GNC2 mean 1/r", "riesz1"),
+    "gnc_riesz2_energy": ("GNC2 mean 1/r^2", "riesz2"),
+    "gnc_smallest_angle": ("GNC2 smallest angle (degrees)", "angle"),
+    "gnc_one_vs_rest": ("GNC2 one-vs-rest distance", "rest"),
+    "gnc_one_vs_rest_gap": ("GNC2 known to within", "0"),
+    "gnc3": ("GNC3 mean of 1 - cos(w_k, mu_k - mu_G)", "0"),
+    "minority_angle": ("minority: mean angle (degrees)", "angle"),
+    "minority_cosine": ("minority: mean cosine", "cosine"),
+}
+FINE_MEASURES = {
+    "purity": "purity: % of the fine training labels found by k-means",
+    "probe": "probe: % of the fine test labels, trained on labels so found",
+    "oracle_probe": "   trained on the true ones",
+    "nmi": "NMI of clusters and fine labels (%)",
+    "ari": "adjusted Rand index (%), 0 by chance",
+    "sister_ratio": "squared distance of sisters, % of that within a fine class",
+}
+
+
+def collapse_targets(K: int, d: int) -> dict[str, str]:
+    """Values at complete collapse; those that depend on K are the simplex's, K <= d + 1, and open beyond."""
+    r2 = 2 * K / (K - 1)
+    values = {"log": -math.log(r2) / 2, "riesz1": r2**-0.5, "riesz2": 1 / r2, "rest": K / (K - 1)}
+    values |= {"angle": math.degrees(math.acos(-1 / (K - 1))), "cosine": -1 / (K - 1)}
+    known = {key: f"{value:.6g}" if K <= d + 1 else "-" for key, value in values.items()}
+    return known | {"": "", "0": "0", "rank": str(min(K - 1, d))}
+
+
+def cell(found: list[dict], *names: str) -> str:
+    """Mean over `found`, ± std, of the first of `names` that is there; nothing if none is."""
+    values = [result[name] for result in found for name in names if name in result]
+    if len(values) > 1:
+        return f"{np.mean(values):.4g} ± {np.std(values, ddof=1):.1g}"
+    return f"{values[0]:.6g}" if values else ""
+
+
+def print_measures(results: list[dict]) -> None:
+    """A row per measure, mean ± std over results: of each split, of the class vectors, and at collapse.
+
+    results: what measure_file gives, of every seed.
+    """
+    d = results[0]["d"]
+    targets = collapse_targets(results[0]["K"], d)
+    splits = {name: [result[name] for result in results] for name in ("train", "test") if name in results[0]}
+    rows = []
+    for key, (text, target) in MEASURES.items():
+        cells = [cell(found, key, f"{key}_M") for found in splits.values()]
+        cells.append(cell(splits["train"], f"{key}_W"))
+        if any(cells):
+            rows.append([text, *cells, targets[target]])
+    print("\n" + table(["measure", *splits, "class vectors", "collapsed"], rows))
+    print("Means are centred, but for ZNC. Minority: the classes with fewest training images, two at least.")
+    print("nan: not defined, since nothing differs between classes or a vector is 0", end="")
+    print("; VCI: left out, d is too large for a d x d matrix" if d > VCI_LARGEST_D else "")
+
+
+def print_results(runs: list[Run], args: argparse.Namespace) -> None:
+    """The table of measures, mean ± std over seeds; what was recovered of fine labels; figures."""
+    print_measures([measure_file(run.folder / "features.npz", args.device)[0] for run in runs])
+    if args.coarse:
+        found = [run.finished["fine"] for run in runs]
+        columns = {}
+        for source, here in found[0].items():
+            for how in [how for how in CLUSTERINGS if how in here]:
+                columns[f"{source}, {how}"] = [fine[source] | fine[source][how] for fine in found]
+        rows = []
+        for key, text in FINE_MEASURES.items():
+            rows.append([text, *(mean_std([r[key] for r in column], 2, 100) for column in columns.values())])
+        print("\n" + table(["features, and k-means on", *columns], rows))
+    print(f"figures in {runs[0].folder} and the other run folders:")
+    for name, about in CAPTIONS.items():
+        if (runs[0].folder / name).exists():
+            print(f"  {name:<22} {about}")
+
+
 def report(args: argparse.Namespace) -> dict:
-    """--features and --run: every metric as JSON, or as a table and then maps of cosines."""
+    """--features and --run: every measure as JSON, or as a table and then maps of cosines."""
     path = args.features if args.features else args.run / "features.npz"
     if args.run and (Run(args.run).finished or {}).get("task") == "fewshot":
         raise UserError(f"--run {args.run}: a few-shot run is tested on other classes than it was trained on")
-    found, K = read_features(path)
-    device = metric_device(pick_device(args.device))
-    found = {key: array.to(device) for key, array in found.items()}
-    h, y, W, b = (found.get(key) for key in ("train_h", "train_y", "W", "b"))
-    few = torch.argsort(torch.bincount(y), stable=True)[: max(2, K // 3)]  # rare in training, in every column
-    means = class_means(h, y, K)
-    result = {"train": measure(h, y, K, W, b) | measure_more(h, y, K, few, W)}
-    if "test_h" in found:
-        of_test = found["test_h"], found["test_y"], K
-        test = measure(*of_test, W, b, means) | measure_more(*of_test, few, W)
-        result["test"] = {key: v for key, v in test.items() if not key.endswith("_W") and key != "nc0"}
-    if W is not None:  # what concerns W alone is the same for both splits
-        result["train"] |= {f"{key}_W": value for key, value in generalized_metrics(W).items()}
-        result["train"]["minority_angle_W"] = minority_angle(W, few)
-    size = {"file": str(path), "N": len(h), "d": h.shape[1], "K": K}
+    result, found = measure_file(path, pick_device(args.device))
     if args.json:
-        print(to_json(size | result, indent=1))
-        return size | result
-    print(f"{path}: N = {len(h):,}, d = {h.shape[1]}, K = {K}\n")
-    print(report_table(result, collapse_targets(K, h.shape[1])))
-    print("\nMeans are centred, but for ZNC. Minority: the third of the classes rarest in training.")
-    print("nan: not defined, since nothing differs between classes or a vector is 0", end="")
-    print("; VCI: left out, d is too large for a d x d matrix" if h.shape[1] > VCI_LARGEST_D else "")
-    parts = (args.run or args.features.with_suffix("")).resolve().parts[-3:]
-    place = re.sub(r"[^\w.,+-]+", "-", "-".join(parts)).strip("-")
-    maps = {"class means, centred": cosines(class_sums(h, y, K).centred)}
-    maps |= {"class vectors": cosines(W)} if W is not None else {}
-    maps = {name: cosine.fill_diagonal_(math.nan).cpu().numpy() for name, cosine in maps.items()}
+        print(to_json(result, indent=1))
+        return result
+    print(f"{path}: N = {result['N']:,}, d = {result['d']}, K = {result['K']}")
+    print_measures([result])
+    maps = {"class means, centred": class_sums(found["train_h"], found["train_y"], result["K"]).centred}
+    maps |= {"class vectors": found["W"]} if "W" in found else {}
+    maps = {name: cosines(V).fill_diagonal_(math.nan).cpu().numpy() for name, V in maps.items()}
+    place = "-".join(path.resolve().with_suffix("").parts[1:][-4:])  # without the root: below --out
     figure = args.out / "nc_metrics" / "features" / place / "cosines.png"
     axes = {"xlabel": "class", "ylabel": "class"}
     heat_maps(figure, maps, label="cosine", limits=(-1, 1), diverging=True, **axes)
     print(f"cosines of the training features' class means and of the class vectors: {figure}")
-    return size | result
+    return result
 
 
-def report_table(result: dict[str, dict], targets: dict[str, str]) -> str:
-    """A row per metric: of the class vectors, of the features of each split, and its value at collapse."""
+# %% [markdown]
+# # 6. Command line
 
-    def cell(measured: dict, *names: str) -> str:
-        values = [measured[name] for name in names if name in measured]
-        return f"{values[0]:.6g}" if values else ""
-
-    rows = []
-    for key, (text, target) in EXPLAINED.items():
-        of_splits = [cell(measured, key, f"{key}_M") for measured in result.values()]
-        cells = [*of_splits, cell(result["train"], f"{key}_W")]
-        if any(cells):
-            rows.append([text, *cells, targets[target]])
-    return table(["metric", *result, "class vectors", "collapsed"], rows)
-
-
-# %% [6] Command line
+# %%
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -995,20 +977,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     how = "features for k-means; the first is the one that is compared"
     add("--cluster", nargs="+", default=["l2", "raw", "whiten"], choices=CLUSTERINGS, help=how)
     args = flags.parse(argv)
-    base, long_tailed, _ = split_name(args.dataset)
-    if args.lr is None:
-        args.lr = RATES.get(base, RATE) if args.optimizer == "sgd" else ADAM_RATE
-    if args.per_class is None and not long_tailed:
-        args.per_class = PER_CLASS.get(base)
-    if args.coarse:
-        args.folder = args.folder.with_name(f"{args.folder.name}-{args.coarse}")
-    if args.optimizer != "sgd":
-        args.folder = args.folder.with_name(f"{args.folder.name}-{args.optimizer}")
     if args.features and args.run:
         raise UserError("--features and --run: give one of them")
     if args.json and not (args.features or args.run):
         raise UserError("--json: only with --features FILE.npz or --run FOLDER")
+    base, long_tailed, _ = split_name(args.dataset)
+    if args.lr is None:
+        args.lr = RATES.get(base, RATES[""]) if args.optimizer == "sgd" else ADAM_RATE
+    if args.per_class is None and not long_tailed:
+        args.per_class = PER_CLASS.get(base)
     args.cluster = list(dict.fromkeys(args.cluster))
+    optimizer = None if args.optimizer == "sgd" else args.optimizer
+    parts = [args.folder.name, args.coarse, optimizer]  # each with a folder of its own
+    args.folder = args.folder.with_name("-".join(part for part in parts if part))
     return args
 
 
@@ -1026,7 +1007,7 @@ def with_coarse_labels(args: argparse.Namespace, data: Dataset) -> tuple[Dataset
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Train with every loss and seed, print the table, draw the figures. Raises UserError."""
+    """Measure a file or run, or train with every seed; print tables, draw figures. Raises UserError."""
     args = parse(argv)
     if args.synthetic:
         return check_theory(args.out / "nc_metrics" / "synthetic")
@@ -1036,19 +1017,13 @@ def main(argv: list[str] | None = None) -> dict:
     what = f"{len(data.classes)} coarse classes of {len(fine.classes)} fine ones" if fine else "all classes"
     print(f"trains on {what}, {len(data.train_y):,} training images")
     runs = []
-    for name in args.method:
-        for seed in args.seed:
-            run = open_run(args, name, seed, data)
-            if not run.finished:
-                model = train(args, name, seed, data, run)
-                run.finish(conclude(args, data, fine, model, run))
-                draw_collapse(run)
-                if fine:
-                    draw_fine(run, fine)
-                else:
-                    draw_falling(run, data.classes)
-            runs.append(run)
-    print_results(runs, fine, args)
+    for seed in args.seed:
+        run = open_run(args, "ce", seed, data)
+        if not run.finished:
+            run.finish(train(args, seed, data, fine, run))
+            draw_figures(run, data.classes, fine)
+        runs.append(run)
+    print_results(runs, args)
     return {"results": [run.finished for run in runs], "folder": str(args.folder)}
 
 

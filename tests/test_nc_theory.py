@@ -126,22 +126,24 @@ def test_one_vs_rest_distances():
 def test_layer_peeled_features_collapse_in_every_measure():
     H, W, y = script.peeled_optimum(5, 3, 0.02)
     measured = script.measure(H, y, 5, W)
-    assert measured.pop("nc1_rank") == 4
+    assert measured.pop("nc1_rank") == 4 and measured.pop("accuracy") == 1
     assert all(abs(value) < 1e-6 for value in measured.values())
 
 
 def test_hidden_layers_hide_the_clusters_from_k_means():
     """One hidden layer: any k-means finds them. Two: not on raw features, which differ most in length."""
-    shallow = script.mixture(1, 200, 0)[-1]
-    assert shallow["raw"] > 0.999
-    deep = script.mixture(2, 400, 1)[-1]
-    assert deep["nc1"] < 0.05
-    assert deep["raw"] < 0.75 and deep["l2"] > 0.999 and deep["whiten"] > 0.999
+    shallow, deep = (
+        {name: values[-1] for name, (_, values) in script.mixture(depth, steps, seed).items()}
+        for depth, steps, seed in ((1, 200, 0), (2, 400, 1))
+    )
+    assert shallow["purity, raw"] > 0.999
+    assert deep["NC1"] < 0.05
+    assert deep["purity, raw"] < 0.75 and deep["purity, l2"] > 0.999 and deep["purity, whiten"] > 0.999
 
 
 def test_a_claim_that_fails_is_reported(monkeypatch, tmp_path, capsys):
-    point = {"step": 1, "nc1": 0.01, "raw": 0.5, "l2": 0.5, "whiten": 0.5}
-    monkeypatch.setattr(script, "mixture", lambda **_: [point])  # whitening that recovers nothing
+    points = {"NC1": ([1], [0.01]), "purity, whiten": ([1], [0.5])}  # whitening that recovers nothing
+    monkeypatch.setattr(script, "mixture", lambda **_: points)
     assert script.main(["--synthetic", "--out", str(tmp_path)])["ok"] is False
     out = capsys.readouterr().out
     failed = [line for line in out.splitlines() if line.endswith("NO")]
