@@ -1897,7 +1897,7 @@ def _clear(folder: Path) -> None:
 
 def _check_same(run: Run, flags: dict, data: Dataset) -> None:
     before = run.config.get("flags", {})
-    for flag in sorted(before.keys() | flags.keys()):
+    for flag in sorted((before.keys() | flags.keys()) - NOT_IN_CONFIG):
         if before.get(flag) != flags.get(flag):
             name = f"--{flag.replace('_', '-')}"
             changed = f"{name} {before.get(flag)}, not {flags.get(flag)}"

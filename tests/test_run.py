@@ -199,6 +199,17 @@ def test_other_flags_are_named(finished, flags, name, start, folder, user_error)
         start(flags)
 
 
+def test_flags_that_no_longer_count_are_ignored_in_an_old_config(start, folder):
+    train(start(), stop=2)
+    config = json.loads((folder / "config.json").read_text())
+    config["flags"] |= {"script": "bmls_msclf", "out": "elsewhere"}
+    (folder / "config.json").write_text(json.dumps(config))
+    run = start()
+    assert train(run).tolist() == [3, 3]
+    run.finish({"accuracy": 1.0})
+    assert [found.folder for found in common.finished_runs(run.args, [Run(folder)])] == [folder]
+
+
 @pytest.mark.parametrize("finished", [False, True])
 def test_other_data_are_named(finished, start, folder, user_error):
     train(run := start(), stop=2)
