@@ -1558,6 +1558,9 @@ def prepare_data(args: argparse.Namespace, per_class: int = 0) -> Dataset:
 
     per_class: so many images of each class stay in a dry run, where two batches have fewer.
     """
+    least = 2 * ranks()[1]  # BatchNorm needs two images in each process
+    if args.batch_size < least:
+        raise UserError(f"--batch-size {args.batch_size}: for {ranks()[1]} processes, {least} or more")
     args.device = join_ranks(pick_device(args.device))
     args.precision = pick_precision(args.precision, args.device)
     options = {key: getattr(args, key) for key in ("imbalance", "profile", "image_size", "test_share")}
@@ -1565,9 +1568,6 @@ def prepare_data(args: argparse.Namespace, per_class: int = 0) -> Dataset:
         data = load_dataset(args.dataset, args.data_dir, **options)
     if args.dry_run:
         data = cut_for_dry_run(data, max(args.batch_size, per_class * len(data.classes)))
-    least = 2 * ranks()[1]  # BatchNorm needs two images in each process
-    if args.batch_size < least:
-        raise UserError(f"--batch-size {args.batch_size}: for {ranks()[1]} processes, {least} or more")
     if args.device.type == "cpu" and data.train_x.shape[1] <= 16:
         torch.set_num_threads(1)  # on 8 x 8 images more of them only wait for each other
     n = data.counts
@@ -1723,13 +1723,13 @@ class Run:
         Gradients are averaged over the ranks, exactly: every rank has an equal share of a batch. On CUDA
         BatchNorm's statistics are those of the whole batch, on a CPU, which has no such layer, of the share.
         """
+        if ranks()[1] > 1 and self.device.type == "cuda":
+            torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place, under the same names
         parts = list(model.values())
         if ranks()[1] > 1:
-            if self.device.type == "cuda":
-                torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place, under the same names
-            learns = [any(p.requires_grad for p in part.parameters()) for part in model.values()]
-            parallel = torch.nn.parallel.DistributedDataParallel
-            parts = [parallel(p) if yes else p for p, yes in zip(model.values(), learns, strict=True)]
+            for i, part in enumerate(parts):
+                if any(p.requires_grad for p in part.parameters()):
+                    parts[i] = torch.nn.parallel.DistributedDataParallel(part)
         if self.args.compile:
             parts[0] = torch.compile(parts[0], mode="reduce-overhead")  # records CUDA graphs
         return parts
@@ -1886,10 +1886,9 @@ def open_run(args: argparse.Namespace, name: str, seed: int, data: Dataset, **fl
 
 
 def _clear(folder: Path) -> None:
+    # result first and config last: what a kill leaves behind is no finished run, nor an unknown one
     try:
-        for (
-            name
-        ) in Run.FILES:  # result first and config last: a kill leaves no finished run, nor an unknown one
+        for name in Run.FILES:
             (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: cannot be overwritten ({error.strerror}); choose another --out") from None
@@ -1898,11 +1897,11 @@ def _clear(folder: Path) -> None:
 def _check_same(run: Run, flags: dict, data: Dataset) -> None:
     before = run.config.get("flags", {})
     for flag in sorted((before.keys() | flags.keys()) - NOT_IN_CONFIG):
-        if before.get(flag) != flags.get(flag):
+        old, new = before.get(flag), flags.get(flag)
+        if old != new:
             name = f"--{flag.replace('_', '-')}"
-            changed = f"{name} {before.get(flag)}, not {flags.get(flag)}"
             instead = f"give the same {name}, --overwrite it or choose another --out"
-            raise UserError(f"{run.folder}: was run with {changed}; {instead}")
+            raise UserError(f"{run.folder}: was run with {name} {old}, not {new}; {instead}")
     if run.config.get("data") != data.fingerprint:
         found = f"{run.config.get('data')}, not {data.fingerprint}"
         raise UserError(f"{run.folder}: was run on other data ({found}); --overwrite it or change --out")
@@ -1913,13 +1912,8 @@ def _describe(run: Run, flags: dict, data: Dataset) -> None:
     source = Path(__file__).resolve().with_name(f"{run.args.script}.py")
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     versions["torchvision"] = importlib.metadata.version("torchvision")  # to import it would take seconds
-    run.config = {
-        "flags": flags,
-        "data": data.fingerprint,
-        "commit": _git_commit(source.parent),
-        "versions": versions,
-        "hardware": hardware(run.device),
-    }
+    run.config = {"flags": flags, "data": data.fingerprint, "commit": _git_commit(source.parent)}
+    run.config |= {"versions": versions, "hardware": hardware(run.device)}
     run._write("source.py", lambda part: shutil.copyfile(source, part))
     run._write("config.json", lambda part: part.write_text(to_json(run.config, indent=1)))
 
@@ -2001,13 +1995,12 @@ def mean_std(values: list[float], digits: int = 2, factor: float = 1.0) -> str:
 def table(header: list[str], rows: list[list]) -> str:
     """Columns aligned for the terminal: text left, numbers right."""
     cells = [header, *([str(c) for c in row] for row in rows)]
-    width = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    width = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * w for w in width])
     lines = []
-    for row in cells:
-        first = row[0].ljust(width[0])
-        others = [c.rjust(w) for c, w in zip(row[1:], width[1:], strict=True)]
-        lines.append("  ".join([first, *others]).rstrip())
-    lines.insert(1, "  ".join("-" * w for w in width))
+    for first, *others in cells:
+        numbers = [c.rjust(w) for c, w in zip(others, width[1:], strict=True)]
+        lines.append("  ".join([first.ljust(width[0]), *numbers]).rstrip())
     return "\n".join(lines)
 
 
