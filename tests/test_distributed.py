@@ -32,11 +32,13 @@ ROOT = Path(common.__file__).resolve().parent
 
 @pytest.fixture(scope="module", autouse=True)
 def server():
-    """Imports once what each rank would import for itself."""
+    """Imports once what each rank would import for itself; torch._dynamo is what an optimiser imports."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
         patch.setenv("OMP_NUM_THREADS", "1")
-        forkserver.set_forkserver_preload(["test_distributed", "sklearn.datasets", "torchvision"])
+        forkserver.set_forkserver_preload(
+            ["test_distributed", "sklearn.datasets", "torchvision", "torch._dynamo"]
+        )
         forkserver.ensure_running()
 
 
