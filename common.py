@@ -1401,22 +1401,18 @@ def locate(holds, inside: float, outside: float) -> float:
 
 def ranks() -> tuple[int, int]:
     """Under torchrun, which of how many processes this is: (rank, number). (0, 1) without it."""
-    rank = int(os.environ.get("RANK", 0))
-    number = int(os.environ.get("WORLD_SIZE", 1))
-    return (rank, number) if number > 1 else (0, 1)
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def join_ranks(device: torch.device) -> torch.device:
     """This rank's own device, after meeting the other ranks. Raises UserError for fewer GPUs than ranks."""
-    rank, number = ranks()
-    if number == 1:
+    if ranks()[1] == 1:
         return device
     if device.type == "cuda":
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", number))
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         gpus = torch.cuda.device_count()
-        if here > gpus:
-            raise UserError(f"torchrun: {here} processes for {gpus} GPUs; lower --nproc-per-node")
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
+        if device.index >= gpus:
+            raise UserError(f"torchrun: more processes than GPUs, {gpus}; lower --nproc-per-node")
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         wait = datetime.timedelta(days=1)  # the others wait while rank 0 reads data, tests and draws
@@ -1435,54 +1431,28 @@ def first_rank_first() -> Iterator[None]:
         dist.barrier()
 
 
-def data_parallel(part: torch.nn.Module) -> torch.nn.Module:
-    """The part with its gradients averaged over the ranks, exactly: every rank has an equal share of a batch.
-
-    On CUDA BatchNorm's statistics are those of the whole batch; on a CPU, where PyTorch has no such layer,
-    those of the rank's share.
-    """
-    if ranks()[1] == 1:
-        return part
-    if not any(p.requires_grad for p in part.parameters()):
-        for tensor in part.state_dict().values():  # nothing to average, but all have rank 0's
-            dist.broadcast(tensor, 0)
-        return part
-    if next(part.parameters()).is_cuda:
-        torch.nn.SyncBatchNorm.convert_sync_batchnorm(part)  # in place, under the same names
-    return torch.nn.parallel.DistributedDataParallel(part)
+# Flags. argparse types do the checking.
 
 
-# Flags. A script's own come first in --help; argparse types do the checking.
+def _number(kind: type, holds, expected: str):
+    def number(text: str):
+        value = kind(text)
+        if not holds(value):
+            raise argparse.ArgumentTypeError(f"{text}: expected {expected}")
+        return value
+
+    number.__name__ = "whole number" if kind is int else "number"  # argparse: invalid number value: 'x'
+    return number
 
 
-def positive(text: str) -> float:
-    """argparse type: a finite number above 0."""
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text}: expected a number above 0")
-    return value
-
-
-def fraction(text: str) -> float:
-    """argparse type: a number from 0 to 1, 1 not included."""
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected a number from 0 to 1")
-    return value
+positive = _number(float, lambda value: 0 < value < math.inf, "a number above 0")
+fraction = _number(float, lambda value: 0 <= value < 1, "a number from 0 to 1, 1 not included")
 
 
 def at_least(least: int, most: int = 2**63 - 1):
-    """argparse type: a whole number, `least` or more."""
-
-    def whole_number(text: str) -> int:
-        value = int(text)
-        if not least <= value <= most:
-            limit = f"{least} or more" if value < least else f"{most} or less"
-            raise argparse.ArgumentTypeError(f"{text}: expected {limit}")
-        return value
-
-    whole_number.__name__ = "whole number"  # argparse: invalid whole number value: '1.5'
-    return whole_number
+    """argparse type: a whole number from least to most."""
+    limit = "" if most == 2**63 - 1 else f", {most} or less"
+    return _number(int, lambda value: least <= value <= most, f"{least} or more{limit}")
 
 
 def a_path(text: str) -> Path:
@@ -1490,62 +1460,52 @@ def a_path(text: str) -> Path:
     return Path(text).expanduser()
 
 
-class _Help(argparse.RawDescriptionHelpFormatter):
-    def _get_help_string(self, action: argparse.Action) -> str:
-        """Help with the default as it would be typed; none for switches."""
-        if action.default in (None, False, argparse.SUPPRESS):
-            return action.help
-        words = action.default if isinstance(action.default, list) else [action.default]
-        return f"{action.help} (default: {' '.join(map(str, words))})"
-
-
 class Arguments(argparse.ArgumentParser):
     """The flags of a script: `add` the chapter's own, then `parse`; the shared ones are there already.
 
     script: its name without .py. methods: {name: what it is, in a clause}. recipes: the defaults that depend
     on the data set, {data set: {flag: value}}, "" for every other one: {"": {"epochs": 200}, "digits": ...}.
+    defaults: of shared flags, where the script's differ.
     """
 
     def __init__(
         self, script: str, about: str, methods: dict[str, str], default: list[str], recipes: dict, **defaults
     ):
         width = max(map(len, methods))
-        listed = "\n".join(f"  {name:<{width}}  {what}" for name, what in methods.items())
-        super().__init__(
-            f"{script}.py",
-            description=about,
-            epilog=f"methods:\n{listed}\n  {'all':<{width}}  all of them",
-            formatter_class=_Help,
-            allow_abbrev=False,
-        )
+        listed = [f"  {name:<{width}}  {what}" for name, what in {**methods, "all": "all of them"}.items()]
+        layout = argparse.RawDescriptionHelpFormatter
+        epilog = "\n".join(["methods:", *listed])
+        super().__init__(f"{script}.py", None, about, epilog, formatter_class=layout, allow_abbrev=False)
         self.script = script
         self.methods = list(methods)
         self.recipes = recipes
-        self.add = self._adder("of this chapter")
-        self._add_training(default)
-        self._add_data()
-        self._add_run()
-        self.set_defaults(**defaults)
+        self.defaults = {"method": default, **defaults}
+        self.add = self._group("of this chapter")  # first in --help
+        self._add_shared()
 
-    def _adder(self, title: str):
-        """add_argument of a group; what the recipes hold is left to them: `(default: 200; digits 30)`."""
+    def _group(self, title: str):
+        """add_argument of a group, which shows the default in the help: `(default: 200; digits 30)`."""
         group = self.add_argument_group(title)
 
         def add(name: str, *, help: str, **options) -> None:
             flag = name[2:].replace("-", "_")
-            found = {key: values[flag] for key, values in self.recipes.items() if flag in values}
-            if found:
+            if flag in self.defaults:
+                options["default"] = self.defaults[flag]
+            default = options.get("default")
+            words = default if isinstance(default, list) else [default]
+            shown = "" if default in (None, False) else " ".join(map(str, words))
+            recipes = {key: values[flag] for key, values in self.recipes.items() if flag in values}
+            if recipes:  # `parse` fills it in
                 options["default"] = None
-                listed = "; ".join(f"{key} {value}".strip() for key, value in found.items())
-                help = f"{help} (default: {listed})"
-            group.add_argument(name, help=help, **options)
+                shown = "; ".join(f"{key} {value}".strip() for key, value in recipes.items())
+            group.add_argument(name, help=f"{help} (default: {shown})" if shown else help, **options)
 
         return add
 
-    def _add_training(self, default: list[str]) -> None:
-        add = self._adder("training")
+    def _add_shared(self) -> None:
+        add = self._group("training")
         names = [*self.methods, "all"]
-        add("--method", nargs="+", default=default, choices=names, metavar="M", help="one or more, see below")
+        add("--method", nargs="+", choices=names, metavar="M", help="one or more, see below")
         add("--epochs", type=at_least(1), help="passes over the training images")
         add("--batch-size", type=at_least(2), help="images per step")
         add("--lr", type=positive, help="peak learning rate")
@@ -1553,9 +1513,7 @@ class Arguments(argparse.ArgumentParser):
         seed = at_least(0, 2**32 - 1)
         add("--seed", type=seed, nargs="+", default=[0], help="one or more; of weights, order and crops")
         add("--eval-every", type=at_least(1), default=1, help="epochs from test to test; the last is tested")
-
-    def _add_data(self) -> None:
-        add = self._adder("data")
+        add = self._group("data")
         names = f"{', '.join(SPECS)}, folder:PATH; with lt long-tailed: cifar10lt"
         add("--dataset", default="digits", help=names)
         add("--data-dir", type=a_path, default=Path("data"), help="where NAME.npz is kept and downloads go")
@@ -1563,9 +1521,7 @@ class Arguments(argparse.ArgumentParser):
         add("--profile", choices=["exp", "step"], default="exp", help="lt: shape of the long tail")
         add("--image-size", type=at_least(1), default=32, help="folder: pixels")
         add("--test-share", type=fraction, default=0.0, help="folder without train/, test/: to test on")
-
-    def _add_run(self) -> None:
-        add = self._adder("run")
+        add = self._group("run")
         where = f"run folders go to OUT/{self.script}/DATASET/METHOD/seedS"
         add("--out", type=a_path, default=Path("runs"), help=where)
         add("--overwrite", action="store_true", help="train anew what is there, instead of going on with it")
@@ -1602,18 +1558,16 @@ def prepare_data(args: argparse.Namespace, per_class: int = 0) -> Dataset:
 
     per_class: so many images of each class stay in a dry run, where two batches have fewer.
     """
-    args.device = join_ranks(pick_device(args.device))
-    args.precision = pick_precision(args.precision, args.device)
-    tail = {"imbalance": args.imbalance, "profile": args.profile}
-    with first_rank_first():  # which may have to download
-        data = load_dataset(
-            args.dataset, args.data_dir, **tail, image_size=args.image_size, test_share=args.test_share
-        )
-    if args.dry_run:
-        data = cut_for_dry_run(data, max(args.batch_size, per_class * len(data.classes)))
     least = 2 * ranks()[1]  # BatchNorm needs two images in each process
     if args.batch_size < least:
         raise UserError(f"--batch-size {args.batch_size}: for {ranks()[1]} processes, {least} or more")
+    args.device = join_ranks(pick_device(args.device))
+    args.precision = pick_precision(args.precision, args.device)
+    options = {key: getattr(args, key) for key in ("imbalance", "profile", "image_size", "test_share")}
+    with first_rank_first():  # which may have to download
+        data = load_dataset(args.dataset, args.data_dir, **options)
+    if args.dry_run:
+        data = cut_for_dry_run(data, max(args.batch_size, per_class * len(data.classes)))
     if args.device.type == "cpu" and data.train_x.shape[1] <= 16:
         torch.set_num_threads(1)  # on 8 x 8 images more of them only wait for each other
     n = data.counts
@@ -1635,17 +1589,21 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def _cpu_info() -> str:
+    """What Linux knows of the processor; empty elsewhere."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/cpuinfo").read_text()
+    return ""
+
+
 def pick_precision(name: str, device: torch.device) -> str:
     """`auto` is bf16 where hardware multiplies it fast (CUDA; CPUs with AMX or AVX512-BF16), else fp32."""
     if name != "auto":
         return name
+    fast = device.type == "cpu" and {"amx_bf16", "avx512_bf16"} & set(_cpu_info().split())
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    with contextlib.suppress(OSError):
-        words = set(Path("/proc/cpuinfo").read_text().split())
-        if device.type == "cpu" and words & {"amx_bf16", "avx512_bf16"}:
-            return "bf16"
-    return "fp32"
+        fast = torch.cuda.is_bf16_supported()
+    return "bf16" if fast else "fp32"
 
 
 def hardware(device: torch.device) -> str:
@@ -1653,29 +1611,16 @@ def hardware(device: torch.device) -> str:
     times = f"{ranks()[1]} x " if ranks()[1] > 1 else ""
     if device.type == "cuda":
         return times + torch.cuda.get_device_name(device)
-    model = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-        model = found.group(1).strip() if found else model
+    found = re.search(r"model name\s*:\s*(.+)", _cpu_info())
+    model = found[1].strip() if found else platform.processor() or platform.machine()
     return f"{times}{model}, {torch.get_num_threads()} threads"
-
-
-def _versions() -> dict[str, str]:
-    torchvision = importlib.metadata.version("torchvision")  # to import it for this would take seconds
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    return {**versions, "torchvision": torchvision}
 
 
 def _git_commit(folder: Path) -> str:
     """The commit of the code that runs, with + where files differ from it; `unknown` outside a checkout."""
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(folder), *words]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-
+    command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
     try:
-        changed = "+" if git("status", "--porcelain", "-uno") else ""
-        return git("rev-parse", "HEAD") + changed
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 
@@ -1697,32 +1642,30 @@ def write_atomically(path: Path, write, shared: bool = False) -> None:
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(
-            f"{path}: cannot be written ({reason}); free space, or choose another --out or --data-dir"
-        ) from None
+        instead = "free space, or choose another --out or --data-dir"
+        raise UserError(f"{path}: cannot be written ({reason}); {instead}") from None
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
 
 
-def _exchange(content, exchange):
-    """A copy of dicts and lists of any depth, each value in them exchanged."""
-    if isinstance(content, dict):
-        return {key: _exchange(value, exchange) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_exchange(value, exchange) for value in content]
-    return exchange(content)
-
-
 def to_json(content, **layout) -> str:
     """Strict JSON, which knows no nan and no infinity: both become null."""
-    plain = _exchange(content, lambda v: None if isinstance(v, float) and not math.isfinite(v) else v)
-    return json.dumps(plain, allow_nan=False, **layout)
+    text = json.dumps(content, **layout)
+    return json.dumps(json.loads(text, parse_constant=lambda _: None), **layout)
 
 
 def from_json(text: str, null=math.nan) -> dict:
     """What to_json wrote of a dict, with nan for null. Raises ValueError for anything else."""
-    content = _exchange(json.loads(text), lambda v: null if v is None else v)
+
+    def read(value):
+        if isinstance(value, dict):
+            return {key: read(v) for key, v in value.items()}
+        if isinstance(value, list):
+            return [read(v) for v in value]
+        return null if value is None else value
+
+    content = read(json.loads(text))
     if not isinstance(content, dict):
         raise ValueError("no JSON object")
     return content
@@ -1762,6 +1705,9 @@ class Run:
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: not readable ({error}); --overwrite it, or another --out") from None
 
+    def _write(self, name: str, write) -> None:
+        write_atomically(self.folder / name, write)
+
     @property
     def fused(self) -> bool | None:
         """For an optimiser: one kernel for all parameters on CUDA; elsewhere PyTorch chooses."""
@@ -1772,8 +1718,18 @@ class Run:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16")
 
     def prepare(self, model: torch.nn.ModuleDict) -> list[torch.nn.Module]:
-        """The model's parts as training calls them. Speed only: --compile, and torchrun's several GPUs."""
-        parts = [data_parallel(part) for part in model.values()]
+        """The model's parts as training calls them. Speed only: --compile, and torchrun's several GPUs.
+
+        Gradients are averaged over the ranks, exactly: every rank has an equal share of a batch. On CUDA
+        BatchNorm's statistics are those of the whole batch, on a CPU, which has no such layer, of the share.
+        """
+        if ranks()[1] > 1 and self.device.type == "cuda":
+            torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place, under the same names
+        parts = list(model.values())
+        if ranks()[1] > 1:
+            for i, part in enumerate(parts):
+                if any(p.requires_grad for p in part.parameters()):
+                    parts[i] = torch.nn.parallel.DistributedDataParallel(part)
         if self.args.compile:
             parts[0] = torch.compile(parts[0], mode="reduce-overhead")  # records CUDA graphs
         return parts
@@ -1797,12 +1753,12 @@ class Run:
             line = {"epoch": epoch + 1, "loss": self._mean_loss(epoch), **self.line}
             line["seconds"] = time.perf_counter() - began
             self.history.append(line)
-            lines = [to_json(entry) + "\n" for entry in self.history]
-            self._write("metrics.jsonl", lambda part, lines=lines: part.write_text("".join(lines)))
+            text = "".join(to_json(entry) + "\n" for entry in self.history)
+            self._write("metrics.jsonl", lambda part, text=text: part.write_text(text))
             self._save(epoch + 1, parts)
             bar.set_postfix({key: f"{line[key]:.3f}" for key in ("loss", "accuracy") if key in line})
             minutes = line["seconds"] * (total - first - 1) / 60
-            if epoch == first and bar.disable and minutes > 1 and not ranks()[0]:
+            if epoch == first and bar.disable and minutes > 1:
                 print(f"{self.title}: about {minutes:.0f} more minutes", flush=True)
 
     def is_test_epoch(self, epoch: int) -> bool:
@@ -1845,31 +1801,22 @@ class Run:
             for name, part in parts.items():
                 if isinstance(part, Tensor):
                     part.copy_(state[name])
-                elif isinstance(part, torch.Generator):
-                    part.set_state(state[name])
                 else:
-                    part.load_state_dict(state[name])
+                    load = "set_state" if isinstance(part, torch.Generator) else "load_state_dict"
+                    getattr(part, load)(state[name])
         except Exception as error:  # torch raises many kinds for a damaged file; to the user they are one
             reason = type(error).__name__
             raise UserError(f"{path}: not a readable checkpoint ({reason}); --overwrite it") from None
         self.history = self.history[:epoch]
-        if not ranks()[0]:
-            print(f"{self.title}: goes on after epoch {epoch}")
+        print(f"{self.title}: goes on after epoch {epoch}")
         return epoch
 
     def _save(self, epoch: int, parts: dict) -> None:
         state = {"epoch": epoch, "rng": torch.get_rng_state()}
         for name, part in parts.items():
-            if isinstance(part, Tensor):
-                state[name] = part
-            elif isinstance(part, torch.Generator):
-                state[name] = part.get_state()
-            else:
-                state[name] = part.state_dict()
+            get = "get_state" if isinstance(part, torch.Generator) else "state_dict"
+            state[name] = part if isinstance(part, Tensor) else getattr(part, get)()
         self._write("checkpoint.pt", lambda part: torch.save(state, part))
-
-    def _write(self, name: str, write) -> None:
-        write_atomically(self.folder / name, write)
 
     def save_features(self, **arrays: Tensor) -> None:
         """features.npz: train_h (N, d), train_y, test_h, test_y, W (K, d), as numpy arrays."""
@@ -1881,19 +1828,19 @@ class Run:
         path = self.folder / "features.npz"
         try:
             with np.load(path, allow_pickle=False) as file:
-                return {key: file[key] for key in file.files}
+                return dict(file)
         except Exception as error:  # zip, zlib and the header's parser raise many kinds
             reason = getattr(error, "strerror", None) or type(error).__name__
             raise UserError(f"{path}: not readable ({reason}); --overwrite the run") from None
 
     def finish(self, measured: dict) -> dict:
         """Write result.json, last of all: its being there means that the run is whole. Returns the result."""
-        about = {"method": self.name, "seed": self.seed, "epochs": len(self.history)}
+        result = {"method": self.name, "seed": self.seed, "epochs": len(self.history)}
         tested = [line["accuracy"] for line in self.history if "accuracy" in line]
         if tested:
-            about["best_accuracy"] = max(tested)
-        about["seconds"] = sum(line["seconds"] for line in self.history)
-        result = {**about, **measured}
+            result["best_accuracy"] = max(tested)
+        result["seconds"] = sum(line["seconds"] for line in self.history)
+        result |= measured
         with first_rank_first():
             self._write("result.json", lambda part: part.write_text(to_json(result, indent=1)))
             written = Run(self.folder)  # the other ranks have not tested
@@ -1926,14 +1873,14 @@ def open_run(args: argparse.Namespace, name: str, seed: int, data: Dataset, **fl
         run.seed = seed
         run.title = f"{name} seed {seed}"
         run.device = args.device
-        started = (folder / "checkpoint.pt").exists()
-        if run.config is None and (started or run.finished):
+        started = run.finished or (folder / "checkpoint.pt").exists()
+        if started and run.config is None:
             raise UserError(f"{folder}: a run without its config.json is here; --overwrite it")
-        if started or run.finished:
+        if started:
             _check_same(run, about, data)
         else:
             _describe(run, about, data)
-        if run.finished and not ranks()[0]:
+        if run.finished:
             print(f"{run.title}: finished before; --overwrite trains it anew")
     return run
 
@@ -1949,12 +1896,12 @@ def _clear(folder: Path) -> None:
 
 def _check_same(run: Run, flags: dict, data: Dataset) -> None:
     before = run.config.get("flags", {})
-    for flag in sorted(before.keys() | flags.keys()):
-        if before.get(flag) != flags.get(flag):
+    for flag in sorted((before.keys() | flags.keys()) - NOT_IN_CONFIG):
+        old, new = before.get(flag), flags.get(flag)
+        if old != new:
             name = f"--{flag.replace('_', '-')}"
-            changed = f"{name} {before.get(flag)}, not {flags.get(flag)}"
             instead = f"give the same {name}, --overwrite it or choose another --out"
-            raise UserError(f"{run.folder}: was run with {changed}; {instead}")
+            raise UserError(f"{run.folder}: was run with {name} {old}, not {new}; {instead}")
     if run.config.get("data") != data.fingerprint:
         found = f"{run.config.get('data')}, not {data.fingerprint}"
         raise UserError(f"{run.folder}: was run on other data ({found}); --overwrite it or change --out")
@@ -1963,26 +1910,23 @@ def _check_same(run: Run, flags: dict, data: Dataset) -> None:
 def _describe(run: Run, flags: dict, data: Dataset) -> None:
     """Write source.py and config.json, before the first epoch."""
     source = Path(__file__).resolve().with_name(f"{run.args.script}.py")
-    run.config = {
-        "flags": flags,
-        "data": data.fingerprint,
-        "commit": _git_commit(source.parent),
-        "versions": _versions(),
-        "hardware": hardware(run.device),
-    }
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    versions["torchvision"] = importlib.metadata.version("torchvision")  # to import it would take seconds
+    run.config = {"flags": flags, "data": data.fingerprint, "commit": _git_commit(source.parent)}
+    run.config |= {"versions": versions, "hardware": hardware(run.device)}
     run._write("source.py", lambda part: shutil.copyfile(source, part))
     run._write("config.json", lambda part: part.write_text(to_json(run.config, indent=1)))
 
 
-def finished_runs(args: argparse.Namespace, runs: list[Run], aside: tuple = ("method",)) -> list[Run]:
-    """Every finished run of args.folder with the flags of `runs`, seed and `aside` aside: for common figures.
+def finished_runs(args: argparse.Namespace, runs: list[Run], aside: tuple = ()) -> list[Run]:
+    """Every finished run of args.folder with the flags of `runs`, but for method, seed and `aside`.
 
-    So a later call with fewer methods draws no fewer curves.
+    For common figures, so that a later call with fewer methods draws no fewer curves.
     """
 
-    def setting(run: Run) -> str:
-        flags = {key: value for key, value in run.config["flags"].items() if key not in ("seed", *aside)}
-        return to_json(flags)  # as they are written: a flag that is not set is nan, and nan is not nan
+    def setting(run: Run) -> dict:
+        flags = run.config["flags"]
+        return {key: value for key, value in flags.items() if key not in {*NOT_IN_CONFIG, *aside}}
 
     found = [Run(path.parent) for path in sorted(args.folder.glob("*/seed*/result.json"))]
     settings = [setting(run) for run in runs]
@@ -2051,13 +1995,12 @@ def mean_std(values: list[float], digits: int = 2, factor: float = 1.0) -> str:
 def table(header: list[str], rows: list[list]) -> str:
     """Columns aligned for the terminal: text left, numbers right."""
     cells = [header, *([str(c) for c in row] for row in rows)]
-    width = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    width = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * w for w in width])
     lines = []
-    for row in cells:
-        first = row[0].ljust(width[0])
-        others = [c.rjust(w) for c, w in zip(row[1:], width[1:], strict=True)]
-        lines.append("  ".join([first, *others]).rstrip())
-    lines.insert(1, "  ".join("-" * w for w in width))
+    for first, *others in cells:
+        numbers = [c.rjust(w) for c, w in zip(others, width[1:], strict=True)]
+        lines.append("  ".join([first.ljust(width[0]), *numbers]).rstrip())
     return "\n".join(lines)
 
 

@@ -4,12 +4,13 @@ Two processes with gloo. They are forked from a server that has imported the scr
 environment that torchrun would give them; one test goes through torchrun itself.
 """
 
+import functools
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 from multiprocessing import forkserver
@@ -18,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed.run
 import torch.nn.functional as F
 from torch import nn
 
@@ -30,11 +32,13 @@ ROOT = Path(common.__file__).resolve().parent
 
 @pytest.fixture(scope="module", autouse=True)
 def server():
-    """Imports once what each rank would import for itself."""
+    """Imports once what each rank would import for itself; torch._dynamo is what an optimiser imports."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
         patch.setenv("OMP_NUM_THREADS", "1")
-        forkserver.set_forkserver_preload(["test_distributed", "sklearn.datasets", "torchvision"])
+        forkserver.set_forkserver_preload(
+            ["test_distributed", "sklearn.datasets", "torchvision", "torch._dynamo"]
+        )
         forkserver.ensure_running()
 
 
@@ -51,12 +55,13 @@ class Small(nn.Module):
 
 
 def simplify(script, put=setattr):
-    """No large network, no figures, no BatchNorm; 240 images, which two ranks divide as one does."""
+    """No large network, no figures, no BatchNorm; 120 images, which two ranks divide as one does."""
     whole = script.prepare_data
 
     def prepare_data(args):
         data = whole(args)
-        return data._replace(train_x=data.train_x[:240], train_y=data.train_y[:240])
+        cut = {"test_x": data.test_x[:60], "test_y": data.test_y[:60]}
+        return data._replace(train_x=data.train_x[:120], train_y=data.train_y[:120], **cut)
 
     put(script, "prepare_data", prepare_data)
     put(script, "NETWORKS", dict.fromkeys(script.NETWORKS, Small))
@@ -77,7 +82,7 @@ def child(name, rank, port, argv, out, interrupt):
         os.replace = os.unlink = Path.unlink = Path.write_text = None
     script = sys.modules[name]
     simplify(script)
-    measure, manual_seed, step, steps = script.measure, torch.manual_seed, torch.optim.SGD.step, []
+    measure, step, steps = script.measure, torch.optim.SGD.step, []
 
     def measured(model, data, run):
         torch.save(model.state_dict(), out / f"{run.title.split()[0]}.rank{rank}.pt")
@@ -92,7 +97,6 @@ def child(name, rank, port, argv, out, interrupt):
         return step(self, *args, **kwargs)
 
     script.measure, torch.optim.SGD.step = measured, interrupted
-    torch.manual_seed = lambda seed: manual_seed(seed + 7 * rank)  # all must begin with rank 0's weights
     sys.argv = [f"{name}.py", *argv]
     common.command_line(script.main)
 
@@ -143,66 +147,72 @@ def same_on_both_ranks(tmp_path, method):
     return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-SHORT = [
-    "--dataset",
-    "digits",
-    "--epochs",
-    "2",
-    "--eval-every",
-    "2",
-    "--batch-size",
-    "40",
-    "--lr",
-    "0.1",
-    "--weight-decay",
-    "1e-3",
-]
+SHORT = "--dataset digits --epochs 2 --eval-every 2 --batch-size 40 --lr 0.1 --weight-decay 1e-3".split()
+FLAGS = {bmls_msclf: "--lam batch --ms raw", etf_dr: "--class-length on --reweight on"}
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """together(script, methods, flags): the folder of one launch of two ranks, shared by the tests."""
+
+    @functools.cache
+    def launched(script, methods, flags):
+        folder = tmp_path_factory.mktemp(script.__name__)
+        codes, errors = start(script, folder, ["--method", *methods.split(), *flags.split(), *SHORT])
+        assert codes == [0, 0] and errors == ["", ""]
+        return folder
+
+    return launched
 
 
 @pytest.mark.parametrize("script, methods, flags", [
-    (bmls_msclf, "ce remix bmls+ms", "--lam batch --ms raw"),
+    (bmls_msclf, "remix bmls+ms", FLAGS[bmls_msclf]),
     (bmls_msclf, "cb+ms", "--lam pair --ms unit"),
-    (etf_dr, "ce+mixup etf+dr etf+dr+mixup", "--class-length on --reweight on"),
+    (etf_dr, "ce+mixup etf+dr+mixup", FLAGS[etf_dr]),
 ])  # fmt: skip
-def test_two_processes_take_the_steps_of_one(script, methods, flags, tmp_path, monkeypatch):
+def test_two_processes_take_the_steps_of_one(script, methods, flags, together, tmp_path, monkeypatch):
     """To the rounding of float32; mixed labels, crops and lam are those of one process."""
-    argv = ["--method", *methods.split(), *flags.split(), *SHORT]
-    codes, errors = start(script, tmp_path, argv)
-    assert codes == [0, 0] and errors == ["", ""]
-    one(script, tmp_path, argv, monkeypatch)
+    two = together(script, methods, flags)
+    one(script, tmp_path, ["--method", *methods.split(), *flags.split(), *SHORT], monkeypatch)
     for method in methods.split():
-        (history, arrays, state), expected = (files(tmp_path / out, method) for out in ("two", "one"))
+        (history, arrays, state), expected = files(two / "two", method), files(tmp_path / "one", method)
         torch.testing.assert_close(state["model"], expected[2]["model"], rtol=1e-3, atol=1e-5)
         assert torch.equal(state["generator"], expected[2]["generator"])
-        assert [line["loss"] for line in history] == pytest.approx(
-            [line["loss"] for line in expected[0]], rel=1e-4
-        )
+        losses = [line["loss"] for line in expected[0]]
+        assert [line["loss"] for line in history] == pytest.approx(losses, rel=1e-4)
         assert arrays.keys() == expected[1].keys()
         for key in arrays:
             np.testing.assert_allclose(arrays[key], expected[1][key], rtol=1e-2, atol=1e-4)
-        assert same_on_both_ranks(tmp_path, method)
+        assert same_on_both_ranks(two, method)
 
 
-@pytest.mark.parametrize("script, method, rank", [(bmls_msclf, "bmls+ms", 0), (etf_dr, "etf+dr+mixup", 1)])
-def test_interrupted_and_gone_on_with_is_the_same_to_the_last_bit(script, method, rank, tmp_path):
-    argv = ["--method", method, *SHORT]
-    (whole := tmp_path / "whole").mkdir()
-    assert start(script, whole, argv)[0] == [0, 0]
-    codes, errors = start(script, tmp_path, argv, interrupt=(rank, 9))  # an epoch has 6 steps
+@pytest.mark.parametrize("script, finished, method, rank", [
+    (bmls_msclf, "remix", "bmls+ms", 0),
+    (etf_dr, "ce+mixup", "etf+dr+mixup", 1),
+])  # fmt: skip
+def test_interrupted_and_gone_on_with_is_the_same_to_the_last_bit(
+    script, finished, method, rank, together, tmp_path
+):
+    """The second launch goes on with one method; of the other one rank 1 learns, too, that it is done."""
+    whole = together(script, f"{finished} {method}", FLAGS[script]) / "two"
+    rest = [*FLAGS[script].split(), *SHORT]
+    codes, errors = start(
+        script, tmp_path, ["--method", method, *rest], interrupt=(rank, 5)
+    )  # of 2 x 3 steps
     assert codes[rank] == 130 and "goes on" in errors[rank]
-    assert start(script, tmp_path, argv)[0] == [0, 0]
-    assert "goes on after epoch 1" in (tmp_path / "rank0.out").read_text()
+    done = Path(script.__name__, "digits", finished)
+    shutil.copytree(whole / done, tmp_path / "two" / done)
+    assert start(script, tmp_path, ["--method", finished, method, *rest])[0] == [0, 0]
+    told = (tmp_path / "rank0.out").read_text()
+    assert f"{finished} seed 0: finished before" in told and "goes on after epoch 1" in told
     assert (tmp_path / "rank1.out").read_text() == ""
-    gone_on, expected = files(tmp_path / "two", method), files(whole / "two", method)
+    gone_on, expected = files(tmp_path / "two", method), files(whole, method)
     assert gone_on[0] == expected[0] and len(gone_on[0]) == 2
     assert all(np.array_equal(gone_on[1][key], expected[1][key]) for key in expected[1])
     torch.testing.assert_close(gone_on[2]["model"], expected[2]["model"], rtol=0, atol=0)
-    assert start(script, tmp_path, argv)[0] == [0, 0]  # and rank 1 learns that all is done
-    assert "finished before" in (tmp_path / "rank0.out").read_text()
 
 
 @pytest.mark.parametrize("script, flags, words", [
-    (bmls_msclf, "--batch-size 3", ["--batch-size 3", "2 processes", "4 or more"]),
     (etf_dr, "--dataset digits --lr 1e30 --reweight on", ["not finite", "--lr", "checkpoint: none"]),
     (etf_dr, "--data-dir /dev/null --dataset mnist", ["/dev/null"]),
 ])  # fmt: skip
@@ -212,6 +222,12 @@ def test_bad_input_is_one_line_and_no_hang(script, flags, words, tmp_path):
     assert errors[0].startswith(f"{script.__name__}.py: error: ") and errors[0].count("\n") == 1
     for word in words:
         assert word in errors[0]
+
+
+def test_batch_too_small_for_the_processes(monkeypatch, user_error):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with user_error("--batch-size 3", "2 processes", "4 or more"):
+        bmls_msclf.main(["--batch-size", "3"])
 
 
 PROGRAM = """
@@ -224,13 +240,16 @@ common.command_line(bmls_msclf.main)
 
 
 def test_under_torchrun_itself(tmp_path):
-    """Two seeds, one after the other."""
+    """Two seeds, one after the other; its processes come from the server, which has imported all."""
     (tmp_path / "program.py").write_text(PROGRAM.format(out=str(tmp_path)))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    path = f"{ROOT}:{ROOT / 'tests'}"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
-    argv = [*launch, str(tmp_path / "program.py")]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=200, env=environment)
-    assert done.returncode == 0
-    assert done.stdout.count("training images (") == 1  # rank 1 prints nothing
+    words = ["--standalone", "--nproc-per-node", "2", "--run-path", "--start-method", "forkserver"]
+    words += ["--redirects", "3", "--log-dir", str(tmp_path / "log"), str(tmp_path / "program.py")]
+    handlers = {kind: signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    try:
+        torch.distributed.run.main(words)
+    finally:
+        for kind, handler in handlers.items():
+            signal.signal(kind, handler)
+    shown = {path.parent.name: path.read_text() for path in (tmp_path / "log").rglob("stdout.log")}
+    assert shown["0"].count("training images (") == 1 and shown["1"] == ""  # rank 1 prints nothing
     assert len(list(tmp_path.rglob("result.json"))) == 2

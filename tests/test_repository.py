@@ -2,10 +2,14 @@
 
 import ast
 import importlib
+import itertools
 import re
 import shlex
+import sys
+import types
 from pathlib import Path
 
+import jupytext
 import pytest
 import torch
 import torch.nn.functional as F
@@ -100,7 +104,7 @@ def spherization(cell):
 @pytest.mark.parametrize("script", METHODS)
 def test_the_method_cell_runs_when_pasted_alone(script):
     text = (ROOT / f"{script}.py").read_text()
-    found = re.search(r"^(# %% \[1\] The method.*?)^# %%", text, re.S | re.M)
+    found = re.search(r"^# # 1\. The method.*?^# %%\n(.*?)^# %%", text, re.S | re.M)
     top = [node for node in ast.parse(found[1]).body if isinstance(node, ast.Import | ast.ImportFrom)]
     names = {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in top if isinstance(node, ast.ImportFrom)}
@@ -108,3 +112,46 @@ def test_the_method_cell_runs_when_pasted_alone(script):
     cell = {"__name__": "pasted"}
     exec(compile(found[1], script, "exec"), cell)  # noqa: S102
     globals()[script](cell)
+
+
+SECTIONS = ["1. The method", "2. Theory check", "3. Network", "4. Training", "5. Results", "6. Command line"]
+
+
+def notebook_cells(script):
+    return jupytext.reads((ROOT / f"{script}.py").read_text(), fmt="py:percent").cells
+
+
+@pytest.mark.parametrize("script", METHODS)
+def test_a_script_opens_as_a_notebook_with_text_and_code(script):
+    """Its docstring and its sections are text, each section's code follows, and no banner is left in code."""
+    cells = notebook_cells(script)
+    text = [cell.source for cell in cells if cell.cell_type == "markdown"]
+    assert text[0].startswith(ast.get_docstring(ast.parse((ROOT / f"{script}.py").read_text()))[:60])
+    assert len(text) == 1 + len(SECTIONS)
+    for banner, section in zip(text[1:], SECTIONS, strict=True):
+        assert banner.startswith(f"# {section}")
+    for cell, following in itertools.pairwise(cells):
+        if cell.source in text[1:]:
+            assert following.cell_type == "code"
+    for cell in cells:
+        if cell.cell_type == "code":
+            compile(cell.source, script, "exec")
+            assert "# %%" not in cell.source
+
+
+def test_the_cells_of_a_notebook_run_in_order(tmp_path, monkeypatch, capsys):
+    """As Jupyter runs them: no __file__, the kernel's words in sys.argv, no exit at the end."""
+    monkeypatch.setitem(sys.modules, "ipykernel", object())
+    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
+    doc = "Automatically created module for IPython interactive environment"
+    notebook = types.ModuleType("__main__", doc)
+    monkeypatch.setitem(sys.modules, "__main__", notebook)  # where the cells' classes are looked up
+    for cell in notebook_cells("bmls_msclf"):
+        if cell.cell_type == "code":
+            exec(compile(cell.source, "cell", "exec"), vars(notebook))  # noqa: S102
+    assert "in a notebook" in capsys.readouterr().out
+    notebook.draw_figures = lambda *_: None  # which takes longer than all else here
+    words = ["--dry-run", "--method", "ce", "--precision", "fp32", "--out", str(tmp_path)]
+    found = notebook.main(words)
+    assert [result["method"] for result in found["results"]] == ["ce"]
+    assert (Path(found["folder"]) / "ce" / "seed0" / "result.json").exists()

@@ -199,6 +199,17 @@ def test_other_flags_are_named(finished, flags, name, start, folder, user_error)
         start(flags)
 
 
+def test_flags_that_no_longer_count_are_ignored_in_an_old_config(start, folder):
+    train(start(), stop=2)
+    config = json.loads((folder / "config.json").read_text())
+    config["flags"] |= {"script": "bmls_msclf", "out": "elsewhere"}
+    (folder / "config.json").write_text(json.dumps(config))
+    run = start()
+    assert train(run).tolist() == [3, 3]
+    run.finish({"accuracy": 1.0})
+    assert [found.folder for found in common.finished_runs(run.args, [Run(folder)])] == [folder]
+
+
 @pytest.mark.parametrize("finished", [False, True])
 def test_other_data_are_named(finished, start, folder, user_error):
     train(run := start(), stop=2)
@@ -540,29 +551,38 @@ def test_help_shows_each_default_as_it_is_typed(parse, capsys):
 # %% Exit codes
 
 
-def command_line(body: str, *words: str, **options) -> subprocess.CompletedProcess:
-    program = f"import common\ndef main():\n    {body}\ncommon.command_line(main)"
-    command = [sys.executable, "-c", program, *words]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60, **options)
+def interrupt():
+    raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("body, code, words", [
-    ("return {'results': []}", 0, ""),
-    ("return {'ok': False}", 1, ""),
-    ("raise common.UserError('--lr 0: expected more')", 2, "error: --lr 0: expected more"),
-    ("raise KeyboardInterrupt", 130, "the same command goes on"),
+def complain():
+    raise UserError("--lr 0: expected more")
+
+
+@pytest.mark.parametrize("main, code, words", [
+    (lambda: {"results": []}, 0, ""),
+    (lambda: {"ok": False}, 1, ""),
+    (complain, 2, "x.py: error: --lr 0: expected more"),
+    (interrupt, 130, "the same command goes on"),
 ])  # fmt: skip
-def test_exit_codes(body, code, words):
-    done = command_line(body)
-    assert done.returncode == code and words in done.stderr
-    assert done.stderr.strip().count("\n") == 0
+def test_exit_codes(main, code, words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["folder/x.py"])
+    with pytest.raises(SystemExit) as ended:
+        common.command_line(main)
+    shown = capsys.readouterr().err.strip()
+    assert ended.value.code == code and words in shown
+    assert "\n" not in shown
 
 
-def test_after_ctrl_c_overwrite_would_delete_what_was_trained():
-    assert "without --overwrite" in command_line("raise KeyboardInterrupt", "--overwrite").stderr
+def test_after_ctrl_c_overwrite_would_delete_what_was_trained(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["x.py", "--overwrite"])
+    with pytest.raises(SystemExit):
+        common.command_line(interrupt)
+    assert "without --overwrite" in capsys.readouterr().err
 
 
 def test_a_reader_that_has_enough_is_no_error():
+    """In a process of its own: Python writes what is left to the closed pipe when it ends."""
     program = "import common\ndef main():\n    while True: print(1)\ncommon.command_line(main)"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, **pipes) as endless:
