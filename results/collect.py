@@ -37,9 +37,6 @@ PERCENT = {  # shares; a table shows those that all its runs have
     "own_energy": "own energy %",
     "fgsm": "FGSM %",  # hug.py
     "pgd": "PGD %",
-    "noise": "noise %",
-    "blur": "blur %",
-    "brightness": "brightness %",
     "angle_accuracy": "by angle %",  # spherization.py
     "near": "near %",
     "near_wrong": "near, wrong %",

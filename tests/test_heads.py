@@ -17,10 +17,10 @@ import spherization
 SHORT = ["--epochs", "1", "--device", "cpu", "--precision", "fp32", "--batch-size", "128"]
 TAIL = [*SHORT, "--dataset", "digitslt", "--profile", "exp", "--imbalance", "20"]
 STREAM = [*SHORT, "--per-class", "40", "--batch-size", "32", "--method", "sgd", "--no-mask"]
-HUG = [*TAIL, "--per-class", "60", "--attack-images", "2", "--attack-steps", "2"]
+HUG = [*TAIL, "--per-class", "60"]
 HEADS = {
-    "linear with bias": (spherization, [*SHORT, "--method", "plain", "--train-size", "300"]),
-    "sphere": (spherization, [*SHORT, "--method", "sphere", "--train-size", "300"]),
+    "linear with bias": (spherization, [*SHORT, "--method", "plain", "--per-class", "30"]),
+    "sphere": (spherization, [*SHORT, "--method", "sphere", "--per-class", "30"]),
     "linear": (bmls_msclf, [*TAIL, "--method", "ce"]),
     "cosine": (bmls_msclf, [*TAIL, "--method", "bmls+ms", "--ms", "unit"]),
     "fixed": (bmls_msclf, [*TAIL, "--method", "bmls+ms", "--ms", "dot", "--classifier", "etf"]),
