@@ -2,6 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch", "torchvision", "numpy", "matplotlib", "scikit-learn", "tqdm"]
 # ///
+# %% [markdown]
 """Inter-class collapse in continual learning, and a remedy: the Fixed Non-negative Orthogonal classifier.
 
 Sources: H. Kim, From Theory to Remedy (doctoral thesis, GIST), part 2, and its paper (ICLR 2024). Of the text
@@ -57,7 +58,11 @@ WHERE PAPER, CODE AND THIS FILE DIFFER.
 - A learnable or ETF classifier owns no dimensions; where features live is then counted by the largest w_kj.
 """
 
-# %% [1] The method. This cell needs nothing else, so that it can be pasted into a notebook
+# %% [markdown]
+# # 1. The method
+# This cell needs nothing else, so that it can be pasted into a notebook.
+
+# %%
 import math
 
 import torch
@@ -237,7 +242,8 @@ def energy_map(h: Tensor, y: Tensor, owner: Tensor, K: int) -> Tensor:
     return total / torch.bincount(y, minlength=K)[:, None]  # a class without features: nan
 
 
-# %% Imports of the other cells
+# %%
+# Imports of the other cells
 import argparse
 import itertools
 from pathlib import Path
@@ -279,9 +285,12 @@ from common import (
     zero_mean_metrics,
 )
 
-# %% [2] Theory check
+# %% [markdown]
+# # 2. Theory check
 # The orthogonal layer-peeled model: the network below the last layer is taken to be so flexible that every
 # sample has a free feature.
+
+# %%
 
 
 def peeled_features(Q: Tensor, y: Tensor, E_H: float, non_negative: bool, steps: int = 4000) -> Tensor:
@@ -387,7 +396,11 @@ def check_theory(folder: Path) -> dict:
 KINDS = ["learnable", "fno", "etf"]
 STYLE = styles([*KINDS, *(f"{kind}-mask" for kind in KINDS)])
 
-# %% [3] Network: all of them with features h >= 0 behind a ReLU
+# %% [markdown]
+# # 3. Network
+# All of them have features h >= 0, behind a ReLU.
+
+# %%
 
 
 class MLP(nn.Module):
@@ -469,7 +482,10 @@ def build_model(args: argparse.Namespace, job: "Job", data: Dataset) -> nn.Modul
     return model
 
 
-# %% [4] Training
+# %% [markdown]
+# # 4. Training
+
+# %%
 
 
 class Method(NamedTuple):
@@ -637,7 +653,10 @@ def stages_of(args: argparse.Namespace, job: Job, data: Dataset) -> list[Tensor]
     return [(which == t).nonzero().flatten() for t in range(args.tasks)]
 
 
-# %% [5] Results
+# %% [markdown]
+# # 5. Results
+
+# %%
 
 
 @torch.no_grad()
@@ -803,7 +822,10 @@ figures in {folder}:
   feature_energy.png  where features live: a diagonal means that classes have dimensions of their own""")
 
 
-# %% [6] Command line
+# %% [markdown]
+# # 6. Command line
+
+# %%
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
