@@ -504,6 +504,7 @@ METHODS = {
 }
 LOSSES = {"new": new_images_loss, "er": er_loss, "er-sum": er_sum_loss, "der++": der_loss}
 # Published for split MNIST, CIFAR-10 and CIFAR-100 (Buzzega et al. 2020); digits are ours. Epochs per task.
+# All by SGD without momentum, so that nothing of a past task is left in the optimiser.
 RECIPES = {
     "": {"tasks": 5, "epochs": 50, "batch_size": 32, "net": "resnet18", "augment": True, "buffer": [200]},
     "digits": {"epochs": 12, "batch_size": 10, "net": "mlp", "augment": False, "buffer": [50]},
@@ -589,7 +590,6 @@ def train(args: argparse.Namespace, job: Job, seed: int, data: Dataset, run: Run
     generator = torch.Generator().manual_seed(seed)  # order, crops, flips and the buffer
     model = build_model(args, job, data).to(run.device, memory_format=torch.channels_last)
     network, classifier = run.prepare(model)  # speed only: --compile
-    # without momentum nothing of a past task is left in the optimiser
     optimizer = torch.optim.SGD(model.parameters(), job.lr, weight_decay=args.weight_decay, fused=run.fused)
     views = {"pad": data.pad, "flip": data.flip} if args.augment else {}
     images = Batches(data.train_x, data.mean, data.std, **views, device=run.device)
