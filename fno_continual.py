@@ -2,6 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch", "torchvision", "numpy", "matplotlib", "scikit-learn", "tqdm"]
 # ///
+# %% [markdown]
 """Inter-class collapse in continual learning, and a remedy: the Fixed Non-negative Orthogonal classifier.
 
 Sources: H. Kim, From Theory to Remedy (doctoral thesis, GIST), part 2, and its paper (ICLR 2024). Of the text
@@ -11,9 +12,8 @@ FNO classifier.
 
 WHAT COLLAPSES. Classes come task by task; the images of past tasks are gone, but for a small buffer.
 Cross-entropy over all K classes moves every class vector w_k by -p_k h for each feature h of another class.
-Old classes have almost no images left to pull their vectors back. All old class vectors move in the same
-direction, so that the network can no longer tell them apart, and soon it answers with the newest classes
-only: catastrophic forgetting.
+Old classes have almost no images left to pull their vectors back, so all of these move in one direction. The
+network can no longer tell old classes apart and answers with the newest only: catastrophic forgetting.
 
 REMEDY 1, the classifier Q (K, d): fixed, so that nothing moves it; Q >= 0 and Q Q^T = I, so that every
 feature dimension belongs to one class. J_k are the dimensions of class k, disjoint sets, and
@@ -31,12 +31,11 @@ WHAT IT TENDS TO. Orthogonal layer-peeled model: features h >= 0 free, ||h||^2 <
 
     h = sqrt(E_H/E_W) q_k,   L = log(1 + (K-1) exp(-sqrt(E_H E_W)))
 
-Zero-mean neural collapse (ZNC): class means are orthogonal about the *origin*. Centred at their own mean they
-are a simplex ETF, as in neural collapse (NC), but one that is not aligned with Q.
+Zero-mean neural collapse (ZNC): class means are orthogonal about the *origin*. About their own mean they are
+a simplex ETF, as in neural collapse (NC), but not aligned with Q. `joint` shows both without a stream.
 
     python fno_continual.py                                      digits in 5 tasks, under a minute
     python fno_continual.py --synthetic                          the theory above, claim by claim
-    python fno_continual.py --balanced                           no stream: NC against ZNC
     python fno_continual.py --dataset cifar10 --method er der++ --buffer 200 500 --seed 0 1 2
 
 WHERE PAPER, CODE AND THIS FILE DIFFER.
@@ -44,24 +43,26 @@ WHERE PAPER, CODE AND THIS FILE DIFFER.
   plain ER takes one mean over both. So the mask comes with twice the gradient and with other BatchNorm
   statistics. Here ER and ER-ACE take one mean in one pass, with mask or without (--replay mean). --replay sum
   is masked ER as released and ER-ACE as published. DER++ is a sum by definition.
-- The released masked DER++ recomputes the logits it stores, unmasked, after the step; we store those of the
-  step's own forward pass, unmasked, as plain DER++ does.
-- ER-ACE with --mask: a logit stays where both masks keep it. (Ours.)
+- The released masked DER++ recomputes the logits it stores after the step; we store those of the step's
+  own forward pass, as plain DER++ does. Both are unmasked.
+- ER-ACE with --mask: a logit stays where both masks keep it. (Ours.) Its released mask keeps the highest
+  class seen even where the batch lacks it; ours follows the paper.
 - lr and DER++'s weights are the released ones for split MNIST, CIFAR-10 and CIFAR-100, whatever classifier
   and mask (the released code tunes neither anew); other data have those of CIFAR-10. The network of split
   MNIST is the released one: pixels in [0, 1], Glorot's start, a bias in the learnable classifier.
-- ER-ACE's released mask keeps the highest class seen even where the batch lacks it; ours follows the paper.
-- The number to beat on split CIFAR-10, class-IL in %, buffer 200 / 500: ProNC 72.7 / 79.4. The same table has
-  DER++ 64.9 / 72.3, and NCT, a fixed simplex over all classes, 51.6 at 200. Published by others, not run
-  here: table 1 of ProNC (ICLR 2026, arXiv 2505.24254).
+- The number to beat on split CIFAR-10, class-IL in %, buffer 200 / 500: ProNC 72.7 / 79.4 (ICLR 2026, arXiv
+  2505.24254, table 1; not run here). It has DER++ 64.9 / 72.3 and NCT, a fixed simplex, 51.6 at 200.
 - Five seeds of split MNIST can be three points off together: give it ten.
-- Forgetting and backward transfer have several definitions: see stream_metrics in common.py. All numbers are
-  those after the last epoch of the last task; a best epoch would mean nothing here.
-- A learnable or ETF classifier owns no dimensions; to draw it, dimension j is counted to the class with the
-  largest w_kj. For Q that is J_k.
+- All numbers are those after the last epoch of the last task; a best epoch would mean nothing here. Of the
+  several definitions of forgetting and backward transfer ours stand in stream_metrics in common.py.
+- A learnable or ETF classifier owns no dimensions; where features live is then counted by the largest w_kj.
 """
 
-# %% [1] The method. This cell needs nothing else, so that it can be pasted into a notebook
+# %% [markdown]
+# # 1. The method
+# This cell needs nothing else, so that it can be pasted into a notebook.
+
+# %%
 import math
 
 import torch
@@ -106,10 +107,10 @@ def simplex_etf(K: int, d: int, generator: torch.Generator | None = None) -> Ten
 class Classifier(nn.Module):
     """z = W h + b, learnable; or z = w Q h, Q a fixed FNO or ETF classifier and w one learnable scalar.
 
-    w starts at 1; scaled=False leaves it out, as the released experiments on ZNC do. Always in float32.
+    Always in float32.
     """
 
-    def __init__(self, K: int, d: int, kind: str, bias: bool = False, scaled: bool = True):
+    def __init__(self, K: int, d: int, kind: str, bias: bool = False):
         super().__init__()
         self.w = 1.0
         self.register_parameter("b", None)
@@ -120,8 +121,7 @@ class Classifier(nn.Module):
             return
         Q = fno_classifier(K, d) if kind == "fno" else simplex_etf(K, d)
         self.register_buffer("W", Q.float())
-        if scaled:
-            self.w = nn.Parameter(torch.ones(()))
+        self.w = nn.Parameter(torch.ones(()))
 
     def forward(self, h: Tensor) -> Tensor:
         z = self.w * (h.float() @ self.W.T)  # (B, d) @ (d, K) -> (B, K)
@@ -147,9 +147,8 @@ def kept_logits(y: Tensor, task: Tensor, mask: bool, seen: Tensor | None = None)
 class Reservoir:
     """Buffer of M rows of a stream, any M of the n seen so far equally likely (Vitter 1985, algorithm R).
 
-    A row is an image's index in the training set and its logits. The index stands for the image, not
-    augmented: each replay crops and flips it anew. An image that comes in every epoch of its task counts
-    each time, as in the published code, so that all tasks keep the same share.
+    A row is an image's index in the training set, so that each replay crops and flips it anew, and its
+    logits. An image counts in every epoch of its task, as published: all tasks keep the same share.
     """
 
     def __init__(self, M: int, K: int, generator: torch.Generator, device: torch.device | str = "cpu"):
@@ -191,7 +190,8 @@ class Reservoir:
 
 # The losses. logits: images (B, C, H, W) -> z (B, K), the network and its classifier: which images go through
 # it together is part of a learner, for BatchNorm. x, y are the new images and their labels, keep (B, K) comes
-# from kept_logits. Each returns the loss and the new images' unmasked logits (B, K), which the buffer keeps.
+# from kept_logits; a replayed draw is (images, labels, the logits that they had when they were stored).
+# Each returns the loss and the new images' unmasked logits (B, K), which the buffer keeps.
 
 
 def masked_ce(z: Tensor, y: Tensor, keep: Tensor) -> Tensor:
@@ -205,26 +205,27 @@ def new_images_loss(logits, x: Tensor, y: Tensor, keep: Tensor) -> tuple[Tensor,
     return masked_ce(z, y, keep), z
 
 
-def er_loss(logits, x: Tensor, y: Tensor, keep: Tensor, x_buf: Tensor, y_buf: Tensor):
+def er_loss(logits, x: Tensor, y: Tensor, keep: Tensor, draw: tuple) -> tuple[Tensor, Tensor]:
     """Experience replay: L = CE(new and replayed images together), one mean, one forward pass."""
+    x_buf, y_buf, _ = draw
     z = logits(torch.cat([x, x_buf]))  # (B + R, K)
     full = keep.new_ones(len(y_buf), keep.shape[1])  # replayed images are never masked
     return masked_ce(z, torch.cat([y, y_buf]), torch.cat([keep, full])), z[: len(y)]
 
 
-def er_sum_loss(logits, x: Tensor, y: Tensor, keep: Tensor, x_buf: Tensor, y_buf: Tensor):
+def er_sum_loss(logits, x: Tensor, y: Tensor, keep: Tensor, draw: tuple) -> tuple[Tensor, Tensor]:
     """L = CE(new) + CE(replayed), two means, two forward passes."""
+    x_buf, y_buf, _ = draw
     z = logits(x)
     return masked_ce(z, y, keep) + F.cross_entropy(logits(x_buf), y_buf), z
 
 
-def der_loss(logits, x: Tensor, y: Tensor, keep: Tensor, first, second, alpha: float, beta: float):
-    """DER++ (Buzzega et al. 2020): L = CE(new) + alpha MSE(z, z stored) + beta CE, of two replay draws.
-
-    first, second: images, labels and the logits that they had when they were stored.
-    """
-    x_1, _, z_1 = first
-    x_2, y_2, _ = second
+def der_loss(
+    logits, x: Tensor, y: Tensor, keep: Tensor, draw_1: tuple, draw_2: tuple, alpha: float, beta: float
+):
+    """DER++ (Buzzega et al. 2020): L = CE(new) + alpha MSE(z, z stored) + beta CE, of two replayed draws."""
+    x_1, _, z_1 = draw_1
+    x_2, y_2, _ = draw_2
     z = logits(x)
     distilled = F.mse_loss(logits(x_1), z_1)
     return masked_ce(z, y, keep) + alpha * distilled + beta * F.cross_entropy(logits(x_2), y_2), z
@@ -241,15 +242,14 @@ def energy_map(h: Tensor, y: Tensor, owner: Tensor, K: int) -> Tensor:
     return total / torch.bincount(y, minlength=K)[:, None]  # a class without features: nan
 
 
-# %% Imports of the other cells
+# %%
+# Imports of the other cells
 import argparse
 import itertools
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from common import (
     Arguments,
@@ -260,10 +260,10 @@ from common import (
     UserError,
     accuracy_per_class,
     at_least,
-    average_so_far,
     class_means,
     class_sums,
     command_line,
+    curves,
     equiangularity,
     equinorm,
     finished_runs,
@@ -273,11 +273,8 @@ from common import (
     mean_std,
     metric_device,
     nc1,
-    nearest_mean_mismatch,
     open_run,
-    positive,
     prepare_data,
-    save_figure,
     self_duality,
     split_name,
     split_tasks,
@@ -288,8 +285,12 @@ from common import (
     zero_mean_metrics,
 )
 
-# %% [2] Theory check: the orthogonal layer-peeled model
-# The network below the last layer is taken to be so flexible that every sample has a free feature.
+# %% [markdown]
+# # 2. Theory check
+# The orthogonal layer-peeled model: the network below the last layer is taken to be so flexible that every
+# sample has a free feature.
+
+# %%
 
 
 def peeled_features(Q: Tensor, y: Tensor, E_H: float, non_negative: bool, steps: int = 4000) -> Tensor:
@@ -311,7 +312,7 @@ def peeled_features(Q: Tensor, y: Tensor, E_H: float, non_negative: bool, steps:
     return H[y]
 
 
-def toy_stream(kind: str, mask: bool, steps: int = 400) -> list[float]:
+def toy_stream(kind: str, mask: bool, steps: int = 200) -> list[float]:
     """Class-IL accuracy on the first of two tasks, at each step of first the one and then the other.
 
     Two classes per task, one layer h = relu(V x), no buffer, full-batch gradient descent, float64.
@@ -340,15 +341,13 @@ def toy_stream(kind: str, mask: bool, steps: int = 400) -> list[float]:
 
 
 def check_theory(folder: Path) -> dict:
-    """Print ten claims, each against direct optimisation; draw synthetic.png."""
+    """Print nine claims, each against direct optimisation; draw synthetic.png."""
     K = 10
     d = 64
     E_H = 25
     generator = torch.Generator().manual_seed(0)
     claims = Claims()
-    Q = fno_classifier(K, d, generator)
-    error = (Q @ Q.T - torch.eye(K)).abs().max().item()
-    claims.equal("The FNO classifier: largest entry of |Q Q^T - I|", 0, error, 1e-15)
+    Q = fno_classifier(K, d, generator)  # E_W = 1
 
     # The optimum of the orthogonal layer-peeled model: the largest class has 20 times the smallest's images
     y = torch.arange(K).repeat_interleave(torch.linspace(20, 1, K).round().long())
@@ -383,41 +382,34 @@ def check_theory(folder: Path) -> dict:
 
     # Two tasks, no buffer: which classifier forgets the first one?
     toys = {}
-    for kind, mask in itertools.product(("learnable", "fno"), (False, True)):
-        toys[variant(kind, mask)] = toy_stream(kind, mask)
-    claims.at_most("Two tasks, learnable: accuracy on the first after the second", 0.2, toys["learnable"][-1])
-    claims.at_least("   the same for FNO + mask", 0.99, toys["fno + mask"][-1])
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    plot = figure.subplots()
-    for name, curve in toys.items():
-        plot.plot([100 * accuracy for accuracy in curve], markevery=80, label=name, **STYLE[name])
-    plot.axvline(len(curve) // 2, color="0.7")
-    plot.set(xlabel="steps; the second task begins at the line", ylabel="accuracy on the first task (%)")
-    figure.legend(loc="outside right upper", frameon=False)
-    save_figure(folder / "synthetic.png", figure)
+    for kind, mask in itertools.product(KINDS[:2], (False, True)):
+        curve = toy_stream(kind, mask)
+        toys[arm(kind, mask)] = range(len(curve)), [100 * accuracy for accuracy in curve]
+    end = {name: accuracies[-1] for name, (_, accuracies) in toys.items()}
+    claims.at_most("Two tasks, learnable: % right of the first after the second", 20, end["learnable"])
+    claims.at_least("   the same for FNO + mask", 99, end["fno-mask"])
+    axes = {"xlabel": "steps; the second task begins halfway", "ylabel": "accuracy on the first task (%)"}
+    curves(folder / "synthetic.png", toys, STYLE, **axes)
     return claims.report(folder / "synthetic.png")
 
 
-def variant(classifier: str, mask: bool) -> str:
-    """`fno + mask`: what the tables and figures call a classifier with or without softmax masking."""
-    return f"{classifier} + mask" if mask else classifier
+KINDS = ["learnable", "fno", "etf"]
+STYLE = styles([*KINDS, *(f"{kind}-mask" for kind in KINDS)])
 
+# %% [markdown]
+# # 3. Network
+# All of them have features h >= 0, behind a ReLU.
 
-STYLE = styles(["learnable", "fno", "etf", "learnable + mask", "fno + mask", "etf + mask"])
-
-
-# %% [3] Network: all of them with features h >= 0 behind a ReLU
+# %%
 
 
 class MLP(nn.Module):
-    """Two hidden layers of 100 * width ReLU units, the network of split MNIST: (B, C, H, W) -> (B, d)."""
+    """Two hidden layers of 100 ReLU units, the network of split MNIST: (B, C, H, W) -> (B, 100)."""
 
-    def __init__(self, pixels: int, width: int = 1):
+    def __init__(self, pixels: int):
         super().__init__()
-        d = 100 * width
-        self.d = d
-        self.layers = nn.Sequential(nn.Linear(pixels, d), nn.ReLU(), nn.Linear(d, d), nn.ReLU())
+        self.d = 100
+        self.layers = nn.Sequential(nn.Linear(pixels, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU())
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x.flatten(1))
@@ -473,15 +465,13 @@ def build_model(args: argparse.Namespace, job: "Job", data: Dataset) -> nn.Modul
     K = len(data.classes)
     _, height, width, channels = data.train_x.shape
     if args.net == "mlp":
-        network = MLP(height * width * channels, args.width)
-    elif args.net == "cnn":
-        network = SmallCNN(channels, args.width)
+        network = MLP(height * width * channels)
     else:
-        network = resnet18(channels)
+        network = {"cnn": SmallCNN, "resnet18": resnet18}[args.net](channels)
     try:
-        classifier = Classifier(K, network.d, job.classifier, args.bias, scaled=job.method != "balanced")
+        classifier = Classifier(K, network.d, job.classifier, args.bias)
     except ValueError as error:
-        raise UserError(f"--classifier {job.classifier}: {error}; try another --net or --width") from None
+        raise UserError(f"--classifier {job.classifier}: {error}; try another --net") from None
     model = nn.ModuleDict({"network": network, "classifier": classifier})
     if args.net == "mlp":  # the released start of split MNIST: Glorot's weights, no bias
         for p in model.parameters():
@@ -492,11 +482,14 @@ def build_model(args: argparse.Namespace, job: "Job", data: Dataset) -> nn.Modul
     return model
 
 
-# %% [4] Training
+# %% [markdown]
+# # 4. Training
+
+# %%
 
 
 class Method(NamedTuple):
-    loss: str  # a key of LOSSES, for steps with a replay; before the first one all are CE(new)
+    loss: str  # a key of LOSSES, for steps with a replay; before the first one all are `new`
     draws: int  # draws from the buffer per step; 0: no buffer
     asymmetric: bool  # has ER-ACE's mask, and neither mask nor replay in the first task, as published
     about: str
@@ -508,18 +501,10 @@ METHODS = {
     "er-ace": Method("er", 1, True, "ER with Asymmetric Cross-Entropy: new images do not push old classes"),
     "der++": Method("der++", 2, False, "Dark Experience Replay: stored logits are kept, and stored labels"),
     "joint": Method("new", 0, False, "all tasks at once: the upper bound"),
-    "balanced": Method("new", 0, False, "what --balanced trains: no stream, equally many images per class"),
 }
-# A replayed draw is (images, labels, stored logits)
-LOSSES = {
-    "new": lambda logits, x, y, keep, draws, job: new_images_loss(logits, x, y, keep),
-    "er": lambda logits, x, y, keep, draws, job: er_loss(logits, x, y, keep, *draws[0][:2]),
-    "er-sum": lambda logits, x, y, keep, draws, job: er_sum_loss(logits, x, y, keep, *draws[0][:2]),
-    "der++": lambda logits, x, y, keep, draws, job: der_loss(
-        logits, x, y, keep, *draws, job.der_alpha, job.der_beta
-    ),
-}
+LOSSES = {"new": new_images_loss, "er": er_loss, "er-sum": er_sum_loss, "der++": der_loss}
 # Published for split MNIST, CIFAR-10 and CIFAR-100 (Buzzega et al. 2020); digits are ours. Epochs per task.
+# All by SGD without momentum, so that nothing of a past task is left in the optimiser.
 RECIPES = {
     "": {"tasks": 5, "epochs": 50, "batch_size": 32, "net": "resnet18", "augment": True, "buffer": [200]},
     "digits": {"epochs": 12, "batch_size": 10, "net": "mlp", "augment": False, "buffer": [50]},
@@ -527,23 +512,11 @@ RECIPES = {
     "fashionmnist": {"epochs": 1, "batch_size": 10, "net": "mlp", "augment": False},
     "cifar100": {"tasks": 10},
 }
-RECIPES[""] |= {"weight_decay": 0.0, "width": 1, "bias": True}
-# --balanced: ResNet-18, 350 epochs in batches of 128 and these learning rates are released; digits are ours.
-BALANCED_RECIPES = {
-    "": {"tasks": 1, "epochs": 350, "batch_size": 128, "net": "resnet18", "augment": False, "buffer": [0]},
-    "digits": {"epochs": 60, "batch_size": 32, "net": "cnn"},
-    "mnist": {"lr": 0.013296},
-    "fashionmnist": {"lr": 0.13025},
-    "svhn": {"lr": 0.009597},
-    "cifar10": {"lr": 0.06786},
-}
-BALANCED_RECIPES[""] |= {"weight_decay": 5e-4, "lr": 0.1, "width": 1, "bias": False}
-BALANCED_RECIPES[""] |= {"eval_every": 5}
-BALANCED_RECIPES["digits"] |= {"eval_every": 1}
+RECIPES[""] |= {"weight_decay": 0.0, "bias": True}
 
 
 class Job(NamedTuple):
-    """What one run is about, beside its seed; method is a learner or `balanced`, buffer 0 where none is."""
+    """What one run is about, beside its seed; buffer is 0 where there is none."""
 
     method: str
     classifier: str
@@ -552,105 +525,80 @@ class Job(NamedTuple):
     lr: float
     der_alpha: float | None  # weights of DER++; None for other learners
     der_beta: float | None
-    replay_batch: int
+    replay_batch: int  # images per replayed draw
 
     @property
     def name(self) -> str:
-        return f"{self.method}{self.buffer or ''}-{self.classifier}{'-mask' if self.mask else ''}"
+        return f"{self.method}{self.buffer or ''}-{arm(self.classifier, self.mask)}"
 
 
-class Setting(NamedTuple):
-    up_to: float  # buffers of at most so many images
-    lr: float
-    der_alpha: float | None = None
-    der_beta: float | None = None
-    replay_batch: int | None = None  # images per replayed draw; None: as many as new ones
+def arm(classifier: str, mask: bool) -> str:
+    """`fno-mask`: what tables and figures call a classifier with or without softmax masking."""
+    return f"{classifier}-mask" if mask else classifier
 
 
-# Released (utils/best_args.py of mammoth and of FNO-classifier): for ER and DER++, whatever the classifier.
+# Released for ER and DER++, whatever the classifier (utils/best_args.py of mammoth and of FNO-classifier):
+# (largest buffer, lr, alpha, beta, images per replayed draw: None for as many as new ones)
 ANY = math.inf
 RELEASED = {
-    "cifar10": {
-        "der++": [Setting(200, 0.03, 0.1, 0.5), Setting(500, 0.03, 0.2, 0.5), Setting(ANY, 0.03, 0.1, 1.0)]
-    },
-    "cifar100": {
-        "sgd": [Setting(ANY, 0.03)],
-        "er-ace": [Setting(ANY, 0.03)],
-        "der++": [Setting(ANY, 0.03, 0.1, 0.5)],
-    },
-    "mnist": {
-        "sgd": [Setting(ANY, 0.03)],
-        "er": [Setting(200, 0.01), Setting(ANY, 0.1)],
-        "der++": [
-            Setting(200, 0.03, 0.2, 1.0, 128),
-            Setting(500, 0.03, 1.0, 0.5),
-            Setting(ANY, 0.1, 0.2, 0.5, 64),
-        ],
-    },
+    ("cifar10", "der++"): [
+        (200, 0.03, 0.1, 0.5, None),
+        (500, 0.03, 0.2, 0.5, None),
+        (ANY, 0.03, 0.1, 1.0, None),
+    ],
+    ("cifar100", "sgd"): [(ANY, 0.03, None, None, None)],
+    ("cifar100", "er-ace"): [(ANY, 0.03, None, None, None)],
+    ("cifar100", "der++"): [(ANY, 0.03, 0.1, 0.5, None)],
+    ("mnist", "sgd"): [(ANY, 0.03, None, None, None)],
+    ("mnist", "er"): [(200, 0.01, None, None, None), (ANY, 0.1, None, None, None)],
+    ("mnist", "der++"): [(200, 0.03, 0.2, 1.0, 128), (500, 0.03, 1.0, 0.5, None), (ANY, 0.1, 0.2, 0.5, 64)],
 }
-RELEASED["fashionmnist"] = RELEASED["mnist"]
-
-
-def released(dataset: str, method: str, buffer: int) -> Setting:
-    """The released setting for this data set and size of the buffer; those of split CIFAR-10 for others."""
-    usual = RELEASED["cifar10"].get(method, [Setting(ANY, 0.1)])
-    settings = RELEASED.get(dataset, {}).get(method, usual)
-    return next(setting for setting in settings if buffer <= setting.up_to)
 
 
 def list_jobs(args: argparse.Namespace) -> list[Job]:
-    """Every learner with every classifier, mask and buffer that is wanted; joint and balanced have no mask.
+    """Every learner with every classifier, mask and buffer that is wanted, in its released setting.
 
     Where neither --mask nor --no-mask is given, both are run: what the mask does is seen beside its absence.
     """
-    base = split_name(args.dataset)[0]
+    data = split_name(args.dataset)[0].removeprefix("fashion")  # Fashion-MNIST as MNIST
     jobs = []
     for method, classifier in itertools.product(args.method, args.classifier):
+        usual = RELEASED.get(("cifar10", method), [(ANY, 0.1, None, None, None)])
+        settings = RELEASED.get((data, method), usual)
         masks = [False, True] if args.mask is None else [args.mask]
-        if method in ("joint", "balanced"):
+        if method == "joint":
             masks = [False]
         buffers = args.buffer if METHODS[method].draws else [0]
         for mask, buffer in itertools.product(masks, buffers):
-            setting = released(base, method, buffer)
-            if args.lr is not None:
-                setting = setting._replace(lr=args.lr)
-            if method == "der++" and args.der_alpha is not None:
-                setting = setting._replace(der_alpha=args.der_alpha)
-            if method == "der++" and args.der_beta is not None:
-                setting = setting._replace(der_beta=args.der_beta)
-            replay_batch = setting.replay_batch or args.batch_size
-            jobs.append(Job(method, classifier, mask, buffer, *setting[1:4], replay_batch))
+            _, lr, alpha, beta, replay_batch = next(setting for setting in settings if buffer <= setting[0])
+            replay_batch = replay_batch or args.batch_size
+            jobs.append(Job(method, classifier, mask, buffer, args.lr or lr, alpha, beta, replay_batch))
     return jobs
 
 
 def learning_rate(epoch: int, args: argparse.Namespace, job: Job) -> float:
-    """In epoch 0, 1, ... of a task: --lr all along; on CIFAR-100 a tenth of it after 0.7 of the task's epochs
-    and again after 0.9 (35 and 45 of 50); --balanced after 1/3 and 2/3 of all (117 and 233 of 350)."""
+    """In epoch 0, 1, ... of a task: the same all along; on CIFAR-100 a tenth of it after 0.7 of the task's
+    epochs and again after 0.9 (35 and 45 of 50)."""
     drops = (0.7, 0.9) if split_name(args.dataset)[0] == "cifar100" else ()
-    if args.balanced:
-        drops = (1 / 3, 2 / 3)
     return job.lr * 0.1 ** sum(epoch >= round(drop * args.epochs) for drop in drops)
 
 
 def train(args: argparse.Namespace, job: Job, seed: int, data: Dataset, run: Run) -> dict:
     """Train one job with one seed, from its last checkpoint on. Returns what was measured at the end."""
     method = METHODS[job.method]
-    K = len(data.classes)
     torch.manual_seed(seed)  # initial weights, and which dimensions a class owns
     generator = torch.Generator().manual_seed(seed)  # order, crops, flips and the buffer
     model = build_model(args, job, data).to(run.device, memory_format=torch.channels_last)
     network, classifier = run.prepare(model)  # speed only: --compile
-    momentum = 0.9 if args.balanced else 0.0  # streams: plain SGD, so nothing of a past task is left in it
-    optimizer = torch.optim.SGD(
-        model.parameters(), job.lr, momentum=momentum, weight_decay=args.weight_decay, fused=run.fused
-    )
+    optimizer = torch.optim.SGD(model.parameters(), job.lr, weight_decay=args.weight_decay, fused=run.fused)
     views = {"pad": data.pad, "flip": data.flip} if args.augment else {}
     images = Batches(data.train_x, data.mean, data.std, **views, device=run.device)
     labels = data.train_y.to(run.device)
-    task = split_tasks(K, args.tasks).to(run.device)  # (K,)
-    memory = Reservoir(job.buffer, K, generator, run.device)
-    seen = torch.zeros(K, dtype=torch.bool, device=run.device)
-    loss_name = "er-sum" if method.loss == "er" and args.replay == "sum" else method.loss
+    task = split_tasks(len(data.classes), args.tasks).to(run.device)  # (K,)
+    memory = Reservoir(job.buffer, len(task), generator, run.device)
+    seen = torch.zeros_like(task, dtype=torch.bool)
+    replay_loss = LOSSES["er-sum" if method.loss == "er" and args.replay == "sum" else method.loss]
+    weights = {"alpha": job.der_alpha, "beta": job.der_beta} if method.loss == "der++" else {}
     stages = stages_of(args, job, data)
 
     def logits(x: Tensor) -> Tensor:
@@ -674,14 +622,16 @@ def train(args: argparse.Namespace, job: Job, seed: int, data: Dataset, run: Run
             y = labels[order[part].to(run.device)]  # (B,)
             # The mask: which classes a new image competes with
             seen[y] = True
-            asymmetric = method.asymmetric and t > 0
-            keep = kept_logits(y, task, job.mask, seen if asymmetric else None)  # (B, K)
+            ace = seen if method.asymmetric and t > 0 else None
+            keep = kept_logits(y, task, job.mask, ace)  # (B, K)
             # The replay
             waits = len(memory) == 0 or (method.asymmetric and t == 0)
             draws = [] if waits else [replay() for _ in range(method.draws)]
             # The loss
-            loss_of = LOSSES[loss_name if draws else "new"]
-            loss, z = loss_of(logits, x, y, keep, draws, job)
+            if draws:
+                loss, z = replay_loss(logits, x, y, keep, *draws, **weights)
+            else:
+                loss, z = new_images_loss(logits, x, y, keep)
             # The step
             optimizer.zero_grad()
             loss.backward()
@@ -697,13 +647,16 @@ def train(args: argparse.Namespace, job: Job, seed: int, data: Dataset, run: Run
 
 def stages_of(args: argparse.Namespace, job: Job, data: Dataset) -> list[Tensor]:
     """Indices of the training images of each stage: one stage per task, or a single one with all of them."""
-    if job.method in ("joint", "balanced"):
+    if job.method == "joint":
         return [torch.arange(len(data.train_y))]
     which = split_tasks(len(data.classes), args.tasks)[data.train_y]  # (N,): the task of each image
     return [(which == t).nonzero().flatten() for t in range(args.tasks)]
 
 
-# %% [5] Results
+# %% [markdown]
+# # 5. Results
+
+# %%
 
 
 @torch.no_grad()
@@ -712,7 +665,8 @@ def embed(model: nn.ModuleDict, images: Tensor, data: Dataset, run: Run) -> tupl
     model.eval()
     hs = []
     zs = []
-    for _, x in Batches(images, data.mean, data.std, device=run.device).all(250):
+    loader = Batches(images, data.mean, data.std, device=run.device)
+    for _, x in loader.all(250):
         with run.autocast():
             h = model["network"](x)
         hs.append(h.float())
@@ -722,42 +676,27 @@ def embed(model: nn.ModuleDict, images: Tensor, data: Dataset, run: Run) -> tupl
 
 
 def test(model: nn.ModuleDict, job: Job, data: Dataset, stage: Tensor, run: Run) -> dict:
-    """A row of each accuracy matrix, how the stage's own training images fit, and (zero-mean) collapse."""
-    W = model["classifier"].W.detach()
-    task = split_tasks(len(W), run.args.tasks)
-    h, z = embed(model, data.test_x, data, run)
-    y = data.test_y.to(h.device)
-    class_il, task_il = task_accuracies(z, y, task)
-    rows = {"class_il": class_il.tolist(), "task_il": task_il.tolist()}
-    train_h, train_z = embed(model, data.train_x[stage], data, run)
-    train_y = data.train_y[stage].to(h.device)
-    seen_by_softmax = 1 if job.mask else 0  # masked: only the task's own classes compete
-    rows["fit"] = float(task_accuracies(train_z, train_y, task)[seen_by_softmax].nanmean())
-    if job.method == "balanced":
-        return {**rows, **collapse(train_h, train_y, W.to(h.device), train_z.argmax(1))}
-    # from test features: they are at hand, and hold every task that was learned
-    newest = int(task[data.train_y[stage]].max())
-    return {**rows, **zero_mean_collapse(h, y, W.to(h.device), (task <= newest).nonzero().flatten())}
+    """A row of each accuracy matrix, and how well the stage's own training images are fitted."""
+    task = split_tasks(len(data.classes), run.args.tasks)
+    _, z = embed(model, data.test_x, data, run)
+    class_il, task_il = task_accuracies(z, data.test_y.to(z.device), task)
+    _, z = embed(model, data.train_x[stage], data, run)
+    trained = task_accuracies(z, data.train_y[stage].to(z.device), task)
+    fit = trained[1 if job.mask else 0].nanmean()  # masked: only the task's own classes competed
+    return {"class_il": class_il.tolist(), "task_il": task_il.tolist(), "fit": float(fit)}
 
 
-def zero_mean_collapse(h: Tensor, y: Tensor, W: Tensor, met: Tensor) -> dict[str, float]:
-    """ZNC of the classes met so far that have features here; nan for fewer than two of them."""
-    there = [k for k in met.tolist() if (y == k).any()]
-    if len(there) < 2:
-        return dict.fromkeys(("znc_equinorm", "znc_mean_cosine", "znc_max_cosine", "znc_alignment"), math.nan)
-    M = torch.stack([h[y == k].double().mean(0) for k in there])
-    return zero_mean_metrics(M, W[there])
+def collapse(h: Tensor, y: Tensor, W: Tensor) -> dict[str, float]:
+    """Neural collapse of features h (N, d) about the means' mean (nc) and about the origin (znc).
 
-
-def collapse(h: Tensor, y: Tensor, W: Tensor, prediction: Tensor) -> dict[str, float]:
-    """NC and ZNC of training features h (N, d), for --balanced; 0 is full collapse, but for NC3 under FNO."""
+    0 is full collapse, but for nc3 of an FNO classifier: see --synthetic.
+    """
     sums = class_sums(h, y, len(W))
     return {
         "nc1": nc1(h, y, sums)[0],
         "nc2_equinorm": equinorm(sums.centred),
         "nc2_equiangular": equiangularity(sums.centred),
         "nc3": self_duality(W, sums.centred),
-        "nc4": nearest_mean_mismatch(h, prediction, sums.mean),  # the same for both: distances know no centre
         "znc1": nc1(h, y, sums, centred=False)[0],  # Sigma_B about the origin, 1/K sum mu_k mu_k^T
         **zero_mean_metrics(sums.mean, W),
     }
@@ -782,240 +721,134 @@ def measure(model: nn.ModuleDict, job: Job, data: Dataset, run: Run) -> dict:
     ends = run.history[run.args.epochs - 1 :: run.args.epochs]  # the last epoch of each task
     R = torch.tensor([line["class_il"] for line in ends], dtype=torch.float64)  # (tasks, tasks)
     R_own = torch.tensor([line["task_il"] for line in ends], dtype=torch.float64)
-    class_il = stream_metrics(R)
-    task_il = stream_metrics(R_own)
-    zero_error = [line["epoch"] for line in run.history if line.get("fit", 0) >= 0.999]
+    stream = stream_metrics(R)
     prediction = test_z.argmax(1)
     old = (task < run.args.tasks - 1).nonzero().flatten()
     return {
         **job._asdict(),
-        "class_il": class_il["average"],
-        "task_il": task_il["average"],
-        "forgetting": class_il["forgetting"],
-        "backward_transfer": class_il["backward_transfer"],
-        "task_il_forgetting": task_il["forgetting"],
-        "task_il_backward_transfer": task_il["backward_transfer"],
-        "stream_average": class_il["stream_average"],
+        "class_il": stream["average"],
+        "task_il": stream_metrics(R_own)["average"],
+        "forgetting": stream["forgetting"],
+        "backward_transfer": stream["backward_transfer"],
         "accuracy": float((prediction == test_y).double().mean()),
         "train_accuracy": float((train_z.argmax(1) == train_y).double().mean()),
         "fit": float(np.mean([line["fit"] for line in ends])),
-        "zero_error_epoch": min(zero_error, default=None),
         "own_energy": float(energy.diagonal().nanmean()),
         "old_cosine_W": mean_pairwise_cosine(W, old.to(W.device)),
-        **{key: value for key, value in ends[-1].items() if key.startswith(("nc", "znc"))},
+        **collapse(train_h, train_y, W),
         "matrix_class_il": R.tolist(),
         "matrix_task_il": R_own.tolist(),
         "per_class": accuracy_per_class(prediction, test_y, len(W)).tolist(),
-        "classes": list(data.classes),
     }
 
 
-def place(run: Run) -> tuple:
-    """Where a run comes in tables and figures: learners in the chapter's order, learnable before fixed."""
-    job = run.finished
-    return (
-        list(METHODS).index(job["method"]),
-        job["buffer"],
-        list(STYLE).index(job["classifier"]),
-        job["mask"],
-    )
+def by_job(runs: list[Run]) -> dict[str, list[Run]]:
+    """The seeds of each job together, {"er50-fno-mask": [...]}, in the order of METHODS."""
 
+    def place(run: Run) -> tuple:
+        job = run.finished
+        return list(METHODS).index(job["method"]), job["buffer"], KINDS.index(job["classifier"]), job["mask"]
 
-def by_job(runs: list[Run]) -> dict[tuple[str, str], list[dict]]:
-    """Results of each job, its seeds together: {("er 50", "fno + mask"): [...]}, in order."""
     found = {}
     for run in sorted(runs, key=place):
-        job = run.finished
-        learner = f"{job['method']} {job['buffer'] or ''}".strip()
-        found.setdefault((learner, variant(job["classifier"], job["mask"])), []).append(job)
+        found.setdefault(run.folder.parent.name, []).append(run)
     return found
 
 
 def draw_figures(folder: Path, runs: list[Run]) -> None:
-    """Figures of finished runs: means over seeds, heat maps of the first seed."""
-    found = by_job(runs)
-    first = {}  # the first seed of each job
-    for run in sorted(runs, key=place):
-        first.setdefault(run.folder.parent.name, run)
-    if runs[0].finished["method"] == "balanced":
-        draw_balanced(folder / "znc.png", first)
-    else:
-        draw_bars(folder / "class_il.png", found)
-        streams = {job: same for job, same in found.items() if len(same[0]["matrix_class_il"]) > 1}
-        if streams:
-            draw_forgetting(folder / "forgetting.png", streams)
-    maps = {name: 100 * first[name].load_features()["energy"] for name in first}
-    classes = runs[0].finished["classes"]
-    ticks = range(0, len(classes), math.ceil(len(classes) / 10))
-    names = [classes[k] for k in ticks]
-    axes = {"xticks": ticks, "yticks": ticks, "xticklabels": names, "yticklabels": names}
-    axes |= {"xlabel": "dimensions of class", "ylabel": "features of class"}
+    """Three figures of finished runs, jobs side by side: means over seeds, feature maps of the first seed."""
+    points = {}  # {"fno-mask": (learners, accuracies)}
+    matrices = {}
+    energy = {}
+    for name, seeds in by_job(runs).items():
+        results = [run.finished for run in seeds]
+        job = results[0]
+        learners, accuracies = points.setdefault(arm(job["classifier"], job["mask"]), ([], []))
+        learners.append(f"{job['method']} {job['buffer'] or ''}")
+        accuracies.append(100 * np.mean([result["class_il"] for result in results]))
+        matrices[name] = 100 * np.mean([result["matrix_class_il"] for result in results], axis=0)
+        energy[name] = 100 * seeds[0].load_features()["energy"]
+
+    style = {name: {**STYLE[name], "linestyle": "none"} for name in points}
+    curves(folder / "class_il.png", points, style, ylabel="class-IL accuracy (%)", ylim=(0, 100))
+
+    streams = {name: R for name, R in matrices.items() if len(R) > 1}  # joint has one row, and no past
+    if streams:
+        T = runs[0].config["flags"]["tasks"]
+        axes = {"xticks": range(T), "xticklabels": range(1, T + 1), "xlabel": "task"}
+        axes |= {"yticks": range(T), "yticklabels": range(1, T + 1), "ylabel": "tasks learned"}
+        path = folder / "forgetting.png"
+        heat_maps(path, streams, label="class-IL accuracy (%)", limits=(0, 100), diverging=False, **axes)
+
+    axes = {"xlabel": "dimensions of class", "ylabel": "features of class"}
     label = "share of the features' squared norm (%)"
-    heat_maps(folder / "feature_energy.png", maps, label=label, limits=(0, 100), diverging=False, **axes)
-
-
-def draw_bars(path: Path, found: dict[tuple, list[dict]]) -> None:
-    """Class-IL accuracy after the last task: a group of bars per learner, a bar per classifier and mask."""
-    learners = list(dict.fromkeys(learner for learner, _ in found))
-    names = [name for name in STYLE if name in {name for _, name in found}]
-    figure = Figure(figsize=(1.3 * len(learners) + 3, 4), layout="constrained")
-    plot = figure.subplots()
-    width = 0.8 / len(names)
-    for i, name in enumerate(names):
-        there = [learner for learner in learners if (learner, name) in found]
-        at = [learners.index(learner) + (i - (len(names) - 1) / 2) * width for learner in there]
-        values = [[100 * result["class_il"] for result in found[learner, name]] for learner in there]
-        error = [np.std(v, ddof=1) if len(v) > 1 else 0 for v in values]
-        plot.bar(at, [np.mean(v) for v in values], width, yerr=error, color=STYLE[name]["color"], label=name)
-    plot.set_xticks(range(len(learners)), learners)
-    plot.set(ylabel="class-IL accuracy (%)", ylim=(0, 100))
-    figure.legend(loc="outside right upper", frameon=False)
-    save_figure(path, figure)
-
-
-def draw_forgetting(path: Path, found: dict[tuple, list[dict]]) -> None:
-    """Along the stream, a column per learner and buffer: all tasks learned so far, and the first one.
-
-    The two belong together: a learner that never takes up a new class does not forget the first task either.
-    """
-    learners = list(dict.fromkeys(learner for learner, _ in found))
-    figure = Figure(figsize=(2.2 * len(learners) + 2.4, 5), layout="constrained")
-    grid = figure.subplots(2, len(learners), squeeze=False, sharex=True, sharey=True)
-    lines = {}
-    for (learner, name), same in found.items():
-        top, bottom = grid[:, learners.index(learner)]
-        R = 100 * torch.tensor([result["matrix_class_il"] for result in same]).mean(0)  # (T, T)
-        tasks = range(1, len(R) + 1)
-        lines[name] = top.plot(tasks, average_so_far(R), **STYLE[name])[0]
-        bottom.plot(tasks, R[:, 0], **STYLE[name])
-        top.set_title(learner)
-        bottom.set(xlabel="tasks learned", ylim=(-3, 103))
-        bottom.xaxis.get_major_locator().set_params(integer=True)
-    grid[0, 0].set_ylabel("class-IL accuracy (%)\nall tasks so far")
-    grid[1, 0].set_ylabel("class-IL accuracy (%)\nthe first task")
-    figure.legend(lines.values(), lines, loc="outside right upper", frameon=False)
-    save_figure(path, figure)
-
-
-def draw_balanced(path: Path, runs: dict[str, Run]) -> None:
-    """NC and ZNC over the epochs of --balanced: spread, angles and alignment."""
-    measures = {
-        "within-class": ("nc1", "znc1"),
-        "angles": ("nc2_equiangular", "znc_mean_cosine"),
-        "alignment with W": ("nc3", "znc_alignment"),
-    }
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
-    lines = {}
-    for plot, (title, keys) in zip(figure.subplots(1, 3), measures.items(), strict=True):
-        for run in runs.values():
-            kind = run.finished["classifier"]
-            tested = [line for line in run.history if "nc1" in line]
-            epochs = [line["epoch"] for line in tested]
-            for key, about, dashes in zip(keys, ("NC", "ZNC"), ("--", "-"), strict=True):
-                values = [line[key] for line in tested]
-                (curve,) = plot.plot(epochs, values, dashes, color=STYLE[kind]["color"])
-                lines[f"{kind}, {about}"] = curve
-        plot.set(xscale="log", title=title, xlabel="epoch", ylabel="distance from full collapse")
-        plot.set_ylim(bottom=0)
-    figure.legend(lines.values(), lines, loc="outside right upper", frameon=False)
-    save_figure(path, figure)
+    path = folder / "feature_energy.png"
+    heat_maps(path, energy, label=label, limits=(0, 100), diverging=False, **axes)
 
 
 def print_results(runs: list[Run], folder: Path) -> None:
     """A table with one row per job, mean ± std over seeds, and what its columns and figures mean."""
-    percent = ["class_il", "train_accuracy", "fit", "task_il", "forgetting", "backward_transfer"]
-    percent.append("own_energy")
+    percent = {"class-IL": "class_il", "train": "train_accuracy", "fit": "fit", "task-IL": "task_il"}
+    percent |= {"forgetting": "forgetting", "backward": "backward_transfer", "own energy": "own_energy"}
+    plain = {"old cos W": "old_cosine_W", "ZNC cos": "znc_mean_cosine", "ZNC3": "znc_alignment", "NC3": "nc3"}
     rows = []
-    for (learner, name), same in by_job(runs).items():
-        cells = [mean_std([result[key] for result in same], 1, 100) for key in percent]
-        cells += [mean_std([result[key] for result in same]) for key in ("old_cosine_W", "znc_mean_cosine")]
+    for name, seeds in by_job(runs).items():
+        results = [run.finished for run in seeds]
+        cells = [mean_std([result[key] for result in results], 1, 100) for key in percent.values()]
+        cells += [mean_std([result[key] for result in results]) for key in plain.values()]
         cells = ["-" if cell.startswith("nan") else cell for cell in cells]  # a joint run's forgetting
-        rows.append([learner, name, len(same), *cells])
-    header = ["method", "classifier", "seeds", "class-IL", "train", "fit", "task-IL", "forgetting"]
-    print("\n" + table([*header, "backward", "own energy", "old cos W", "ZNC cos"], rows))
+        rows.append([name, len(seeds), *cells])
+    print("\n" + table(["method-classifier", "seeds", *percent, *plain], rows))
     short = [run.folder.parent.name for run in runs if run.finished["fit"] < 0.99]
     if short:
         print(f"not trained to convergence (fit below 99%): {', '.join(dict.fromkeys(short))}")
     print("""class-IL: % of the test images after the last task, all classes compete, mean over tasks
 train: the same of the training images; task-IL: only the classes of the image's own task compete
-fit: % of each task's training images right when it was learned, by what its softmax ran over
-forgetting: by how much the accuracy on a task falls, from its best to the end; backward: its change since
-  it was learned (backward transfer); both are means over all tasks but the last, - where there is one task
-own energy: share (%) of a feature's squared norm in the dimensions of its class
+fit: % of a task's training images right when it was learned, by what its softmax ran over
+forgetting: how far the accuracy on a task falls from its best; backward: its change since it was learned
+  (backward transfer); both are means over all tasks but the last
+own energy: share (%) of a test feature's squared norm in the dimensions of its class
 old cos W: mean cosine of the past tasks' class vectors; 1: they have collapsed
-ZNC cos: mean |cosine| of test class means about the origin; 0: zero-mean collapse""")
+ZNC cos: mean |cosine| of the training features' class means about the origin; 0: zero-mean collapse
+ZNC3, NC3: distance of these means from the class vectors, about the origin and about their own mean;
+  result.json holds the other measures of both kinds of collapse""")
     for name in dict.fromkeys(run.finished["method"] for run in runs):
         print(f"{name}: {METHODS[name].about}")
     print(f"""learnable: trained class vectors; fno: Fixed Non-negative Orthogonal ones; etf: a fixed simplex
-+ mask: the softmax of new images runs over the classes of their own task
+-mask: the softmax of new images runs over the classes of their own task
 figures in {folder}:
   class_il.png        class-IL accuracy of each learner with each classifier, with and without mask
-  forgetting.png      accuracy along the stream: a line that falls in the lower row is forgetting
+  forgetting.png      accuracy on each task along the stream: a column that grows dark downwards is forgetting
   feature_energy.png  where features live: a diagonal means that classes have dimensions of their own""")
 
 
-def print_balanced(runs: list[Run], folder: Path) -> None:
-    """NC beside ZNC of --balanced, one row per classifier, mean ± std over seeds."""
-    keys = ["nc1", "znc1", "nc2_equinorm", "znc_equinorm", "nc2_equiangular", "znc_mean_cosine", "nc3"]
-    keys += ["znc_alignment", "nc4"]
-    rows = []
-    for (_, name), same in by_job(runs).items():
-        cells = [mean_std([result[key] for result in same], 1, 100) for key in ("train_accuracy", "accuracy")]
-        zero = [result["zero_error_epoch"] for result in same]
-        cells.append("-" if any(math.isnan(epoch) for epoch in zero) else mean_std(zero, 0))
-        rows.append([name, len(same), *cells, *(mean_std([r[key] for r in same], 3) for key in keys)])
-    header = ["classifier", "seeds", "train", "test", "zero error", "NC1", "ZNC1", "norms NC", "norms ZNC"]
-    print("\n" + table([*header, "angles NC", "angles ZNC", "W NC", "W ZNC", "NC4"], rows))
-    floor = 2 - 2 * math.sqrt(1 - 1 / len(runs[0].finished["classes"]))
-    print(f"""train, test: accuracy (%); zero error: first epoch with 99.9% of the training images right
-NC: collapse about the means' mean; ZNC: about the origin. From NC1 on 0 is full collapse; where ZNC is
-  complete, W NC is {floor:.4f}. NC1: spread within classes; norms, angles: of class means; W: distance of
-  class means from class vectors; NC4: share of decisions that the nearest class mean would not make
-figures in {folder}:
-  znc.png             both kinds of collapse over epochs
-  feature_energy.png  where features live: a diagonal means that classes have dimensions of their own""")
+# %% [markdown]
+# # 6. Command line
 
-
-# %% [6] Command line
+# %%
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, with every default filled in. Raises UserError."""
-    balanced = "--balanced" in (sys.argv[1:] if argv is None else argv)
-    learners = {name: method.about for name, method in METHODS.items() if name != "balanced"}
-    recipes = BALANCED_RECIPES if balanced else RECIPES
+    about = {name: method.about for name, method in METHODS.items()}
     usual = ["sgd", "er", "der++", "joint"]
     title = __doc__.partition("\n")[0]
-    flags = Arguments("fno_continual", title, learners, usual, recipes, eval_every=None)
+    flags = Arguments("fno_continual", title, about, usual, RECIPES, eval_every=None)
     add = flags.add
     both = argparse.BooleanOptionalAction
-    kinds = ["learnable", "fno", "etf"]
-    add("--classifier", nargs="+", default=kinds[:2], choices=kinds, help="fno: d >= K, etf: d >= K - 1")
+    add("--classifier", nargs="+", default=KINDS[:2], choices=KINDS, help="fno: d >= K, etf: d >= K - 1")
     add("--mask", action=both, help="softmax of new images over their own task; neither flag: both ways")
     add("--buffer", type=at_least(2), nargs="+", help="images kept, one or more sizes: 200, digits 50")
     add("--tasks", type=at_least(1), help="number of tasks: 5, cifar100 10")
     add("--replay", choices=["mean", "sum"], default="mean", help="ER, ER-ACE: one mean, or two summed")
-    add("--der-alpha", type=positive, help="DER++, weight of stored logits: as released")
-    add("--der-beta", type=positive, help="DER++, weight of stored labels: as released")
-    add("--bias", action=both, help="of the learnable classifier; --balanced: none")
-    add("--balanced", action="store_true", help="no stream: NC against ZNC on the whole set")
-    add(
-        "--net",
-        choices=["mlp", "cnn", "resnet32", "resnet18"],
-        help="mlp for digits and MNIST; else resnet18",
-    )
-    add("--width", type=at_least(1), help="of mlp and cnn: d = 100 or 128 times this")
+    add("--bias", action=both, help="of the learnable classifier")
+    nets = ["mlp", "cnn", "resnet18"]
+    add("--net", choices=nets, help="features behind a ReLU; mlp: the one of split MNIST")
     add("--per-class", type=at_least(2), help="training images of each class, for a shorter run; else all")
     add("--augment", action=both, help="crop and flip, replayed images too; digits, (fashion)mnist: no")
     args = flags.parse(argv)
-    if balanced and (args.tasks != 1 or args.mask):
-        raise UserError("--balanced: trains on the whole set at once; leave out --tasks and --mask")
     if args.batch_size < 3:  # else a batch may be a single image, which has no variance for BatchNorm
         raise UserError(f"--batch-size {args.batch_size}: expected 3 or more")
-    if args.net == "resnet18" and args.width != 1:
-        raise UserError(f"--width {args.width}: resnet18 has one width; choose --net cnn")
-    if balanced:
-        args.method = ["balanced"]
     if args.dry_run:
         args.epochs = 2  # of one step each, so that the second one replays
     args.eval_every = args.eval_every or args.epochs  # a stream is tested at the end of each task at least
@@ -1025,30 +858,25 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def select_images(args: argparse.Namespace, jobs: list[Job], data: Dataset) -> Dataset:
-    """The training images of --per-class and --balanced. Raises UserError for what cannot be a stream."""
-    K = len(data.classes)
-    n = len(data.train_y)
-    if args.balanced:
-        n = int(data.counts.min())
-    keep = keep_per_class(data.train_y, min(n, args.per_class or n))  # the same images for every seed
-    data = data._replace(train_x=data.train_x[keep], train_y=data.train_y[keep])
+    """The training images of --per-class. Raises UserError for what is no stream."""
+    if args.per_class:
+        keep = keep_per_class(data.train_y, args.per_class)  # the same images for every seed
+        data = data._replace(train_x=data.train_x[keep], train_y=data.train_y[keep])
     if args.net == "mlp":  # pixels in [0, 1], as released for split MNIST
         data = data._replace(mean=torch.zeros_like(data.mean), std=torch.ones_like(data.std))
-    few = int(data.counts.argmin())
-    least = 2 if args.balanced else 1
-    if data.counts[few] < least:
-        count = f"class {data.classes[few]} has {data.counts[few]} training images"
-        raise UserError(f"--dataset {args.dataset}: {count}, expected {least} or more")
-    task = split_tasks(K, args.tasks)
-    images = torch.bincount(task[data.train_y], minlength=args.tasks)
-    if images.min() < 2:
-        few = f"task {int(images.argmin()) + 1} has {images.min()} training images"
-        raise UserError(f"--tasks {args.tasks}: {few}, expected two or more")
+    task = split_tasks(len(data.classes), args.tasks)
+    images = torch.bincount(task[data.train_y])
+    if images.min() < 2:  # BatchNorm needs two
+        t = int(images.argmin())
+        raise UserError(
+            f"--tasks {args.tasks}: task {t + 1} has {images[t]} training images, expected 2 or more"
+        )
     classes = torch.bincount(task)
     if any(job.mask for job in jobs) and classes.min() < 2:
+        t = int(classes.argmin())
         raise UserError(
-            f"--mask: task {int(classes.argmin()) + 1} has one class, and a softmax over one class has no "
-            "gradient; choose fewer --tasks, or --no-mask"
+            f"--mask: task {t + 1} has one class, and a softmax over one class has no gradient; "
+            "choose fewer --tasks, or --no-mask"
         )
     return data
 
@@ -1069,8 +897,7 @@ def main(argv: list[str] | None = None) -> dict:
         if not run.finished:
             run.finish(train(args, job, seed, data, run))
         runs.append(run)
-    print_table = print_balanced if args.balanced else print_results
-    print_table(runs, args.folder)
+    print_results(runs, args.folder)
     draw_figures(args.folder, finished_runs(args, runs, aside=Job._fields))
     return {"results": [run.finished for run in runs], "folder": str(args.folder)}
 
