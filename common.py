@@ -710,8 +710,8 @@ WORKERS = min(8, _CORES)  # processes that read streamed images ahead; with 0 th
 _READERS: list[DataLoader] = []  # idle ones; their processes stay: to start them may take as long as an epoch
 
 
-class _Files:
-    """What worker processes do: decode. Small, since it is pickled to them."""
+class _Decoder:
+    """What worker processes do. Small, since it is pickled to them."""
 
     def __getitem__(self, request: tuple[list[str], int]) -> np.ndarray | str:
         files, size = request
@@ -721,33 +721,28 @@ class _Files:
             return str(error)
 
 
-def _ignore_interrupt(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program, which ends its workers
-
-
-def _unchanged(pixels: np.ndarray) -> np.ndarray:
+def _as_it_is(pixels: np.ndarray | str) -> np.ndarray | str:
     return pixels  # no tensor: that would be handed over in shared memory, of which containers have little
 
 
 def _start_reader() -> DataLoader:
-    """A DataLoader whose processes run, and stay; what it reads is put into its list `sampler`."""
+    """A DataLoader whose processes run, and stay; what is put into its list `sampler` they read."""
     reader = DataLoader(
-        _Files(),
+        _Decoder(),
         batch_size=None,  # a request is a batch
         sampler=[],
-        collate_fn=_unchanged,
+        collate_fn=_as_it_is,
         num_workers=WORKERS,
-        persistent_workers=True,
-        worker_init_fn=_ignore_interrupt,
+        persistent_workers=WORKERS > 0,
         generator=torch.Generator(),  # else it draws from torch's own, and dropout would be another one
     )
-    kinds = [getattr(signal, kind) for kind in ("SIGINT", "SIGCHLD") if hasattr(signal, kind)]
+    kinds = {signal.SIGINT, getattr(signal, "SIGCHLD", signal.SIGINT)}  # Windows has one of them
     before = {kind: signal.getsignal(kind) for kind in kinds}
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited, so that it holds while they start
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # workers inherit it: Ctrl-C is for the program, which ends them
     try:
-        iter(
-            reader
-        )  # its own SIGCHLD handler would raise anywhere in the program, not at the next batch only
+        iter(reader)  # starts them. Its SIGCHLD handler would raise anywhere, not at the next batch only
     finally:
         for kind, handler in before.items():
             signal.signal(kind, handler)
@@ -756,22 +751,16 @@ def _start_reader() -> DataLoader:
 
 def _read_ahead(requests: list[tuple[list[str], int]]) -> Iterator[np.ndarray]:
     """The pixels of each request in turn. Raises UserError for a damaged image or a killed worker."""
-    if WORKERS == 0:
-        results = map(_Files().__getitem__, requests)
-    else:
-        reader = _READERS.pop() if _READERS else _start_reader()
-        reader.sampler[:] = requests
-        results = iter(reader)
-    for _ in requests:
-        try:
-            pixels = next(results)
-        except RuntimeError as error:  # DataLoader's, for a worker that was killed
-            raise UserError(f"{error}; out of memory? Lower --batch-size or --image-size") from None
-        if isinstance(pixels, str):
-            raise UserError(pixels)
-        yield pixels
-    if WORKERS:
-        _READERS.append(reader)  # not after an error: then its workers end with it
+    reader = _READERS.pop() if _READERS else _start_reader()
+    reader.sampler[:] = requests
+    try:
+        for pixels in reader:
+            if isinstance(pixels, str):
+                raise UserError(pixels)
+            yield pixels
+    except RuntimeError as error:  # DataLoader's, for a worker that was killed
+        raise UserError(f"{error}; out of memory? Lower --batch-size or --image-size") from None
+    _READERS.append(reader)  # not after an error: then its workers end with it
 
 
 # %% ---------------------------------------------------------------------------------------------- Metrics
