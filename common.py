@@ -73,8 +73,7 @@ SPECS = {
 class Dataset(NamedTuple):
     """A data set. Images are uint8 (N, H, W, C); labels int64 (N,); mean and std (C,) in [0, 1].
 
-    The images of a folder too large for memory are FolderImages: shape and indexing are a tensor's, pixels
-    come from `decode` or through Batches.
+    The images of a folder too large for memory are FolderImages, which are indexed as a tensor is.
     """
 
     train_x: "Tensor | FolderImages"
@@ -118,9 +117,8 @@ def load_dataset(
 ) -> Dataset:
     """Data set by name; with the suffix `lt` its training split is long-tailed.
 
-    name: a key of SPECS, or `folder:PATH` with PATH/train/CLASS/IMAGE and PATH/test/CLASS/IMAGE, or with
-    PATH/CLASS/IMAGE and a test_share; with `lt`: `cifar100lt`, `folderlt:PATH`. imbalance and profile only
-    matter with `lt`; image_size only for folders (pixels; short side resized, then the centre is cut).
+    name: a key of SPECS, `folder:PATH` with PATH/train/CLASS/IMAGE and PATH/test/CLASS/IMAGE, or with
+    PATH/CLASS/IMAGE and a test_share. image_size (folders): the short side is resized, then the centre cut.
     Raises UserError for an unknown name, a bad file, data that cannot be downloaded, or an empty class.
     """
     base, long_tailed, path = split_name(name)
@@ -132,27 +130,23 @@ def load_dataset(
     else:
         arrays = _read_named(base, Path(data_dir).expanduser())
         pad, flip = SPECS[base].pad, SPECS[base].flip
-    classes = arrays["classes"]
-    train_x, train_y, test_x, test_y = (
-        torch.from_numpy(part) if isinstance(part, np.ndarray) else part
-        for part in (arrays[key] for key in _ARRAYS)
-    )
-    counts = torch.bincount(train_y, minlength=len(classes))
-    if len(classes) < 2:
-        raise UserError(f"--dataset {name}: its only class is {classes[0]}; expected two classes or more")
-    if counts.min() == 0:
-        raise UserError(f"--dataset {name}: class {classes[counts.argmin()]} has no training image")
-    mean, std = _channel_statistics(train_x)
-    fingerprint = _fingerprint(arrays)
-    if long_tailed:
-        keep = long_tail_subset(train_y, len(classes), imbalance, profile, by_count=base == "folder")
-        train_x, train_y = train_x[keep], train_y[keep]
-        counts = torch.bincount(train_y)
-        ratio = float(counts.max() / counts.min())
-        if abs(ratio / imbalance - 1) > 0.1:
-            most, least = counts.max(), counts.min()
-            _note(f"{name}: {most} to {least} images a class, a ratio of {ratio:.4g}, not {imbalance:g}")
-    return Dataset(train_x, train_y, test_x, test_y, classes, mean, std, pad, flip, fingerprint)
+    mean, std = _channel_statistics(arrays["train_x"])
+    data = Dataset(**arrays, mean=mean, std=std, pad=pad, flip=flip, fingerprint=_fingerprint(arrays))
+    if len(data.classes) < 2:
+        raise UserError(
+            f"--dataset {name}: its only class is {data.classes[0]}; expected two classes or more"
+        )
+    if data.counts.min() == 0:
+        empty = data.classes[data.counts.argmin()]
+        raise UserError(f"--dataset {name}: class {empty} has no training image")
+    if not long_tailed:
+        return data
+    keep = long_tail_subset(data.train_y, len(data.classes), imbalance, profile, by_count=base == "folder")
+    data = data._replace(train_x=data.train_x[keep], train_y=data.train_y[keep])
+    most, least = data.counts.max(), data.counts.min()
+    if abs(most / least / imbalance - 1) > 0.1:
+        _note(f"{name}: {most} to {least} images a class, a ratio of {most / least:.4g}, not {imbalance:g}")
+    return data
 
 
 _ARRAYS = ("train_x", "train_y", "test_x", "test_y")
@@ -185,25 +179,26 @@ def _channel_statistics(images: "Tensor | FolderImages") -> tuple[Tensor, Tensor
 def _fingerprint(arrays: dict) -> str:
     """Sizes and a checksum of all images, labels and class names; of streamed files their paths and sizes."""
     checksum = zlib.crc32("\n".join(arrays["classes"]).encode())
-    for key in _ARRAYS:
-        part = arrays[key]
+    for part in map(arrays.get, _ARRAYS):
         if isinstance(part, FolderImages):
-            lines = [f"{file} {os.path.getsize(file)}\n" for file in part.files]
-            part = "".join(lines).encode("utf-8", "surrogateescape")
-        checksum = zlib.crc32(part, checksum)
+            lines = (f"{file} {os.path.getsize(file)}\n" for file in part.files)
+            checksum = zlib.crc32("".join(lines).encode("utf-8", "surrogateescape"), checksum)
+        else:
+            checksum = zlib.crc32(part.numpy(), checksum)
     sizes = f"{len(arrays['train_y'])}+{len(arrays['test_y'])} images"
     return f"{sizes}, {len(arrays['classes'])} classes, {checksum:08x}"
 
 
 def _read_named(name: str, data_dir: Path) -> dict:
-    """A named data set: embedded, from DATA_DIR/NAME.npz, or through torchvision and then cached there."""
-    if name == "digits":
-        return _read_digits()
+    """A named data set: embedded, from DATA_DIR/NAME.npz, or through torchvision and then kept there."""
     cache = data_dir / f"{name}.npz"
+    if name == "digits":
+        return _checked(_read_digits(), SPECS[name], name)
     if cache.exists():
         return _checked(_read_npz(cache), SPECS[name], str(cache))
-    arrays = _checked(_read_torchvision(name, data_dir), SPECS[name], f"torchvision's {name} in {data_dir}")
-    write_atomically(cache, lambda part: np.savez(part, **arrays), shared=True)
+    found = _read_torchvision(name, data_dir)
+    arrays = _checked(found, SPECS[name], f"torchvision's {name} in {data_dir}")
+    write_atomically(cache, lambda part: np.savez(part, **found), shared=True)
     return arrays
 
 
@@ -212,8 +207,8 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:  # never unpickles: an object array raises ValueError
             if "x_train" not in file:
-                return {key: np.ascontiguousarray(file[key]) for key in (*_ARRAYS, "classes")}
-            arrays = {key: np.ascontiguousarray(file["_".join(key.split("_")[::-1])]) for key in _ARRAYS}
+                return {key: file[key] for key in (*_ARRAYS, "classes")}
+            arrays = {key: file["_".join(reversed(key.split("_")))] for key in _ARRAYS}
     except Exception as error:  # zip, zlib and the header's parser raise many kinds; all mean a damaged file
         reason = str(error).partition("\n")[0].partition(". ")[0]  # not NumPy's tip to unpickle
         reason = reason or type(error).__name__
@@ -221,12 +216,11 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
     for key in ("train_x", "test_x"):
         if arrays[key].ndim == 3:  # (N, H, W)
             arrays[key] = arrays[key][..., None]
-    K = SPECS[path.stem].classes
-    return arrays | {"classes": np.array([str(k) for k in range(K)])}
+    return arrays | {"classes": np.array([str(k) for k in range(SPECS[path.stem].classes)])}
 
 
 def _checked(arrays: dict[str, np.ndarray], spec: Spec, where: str) -> dict:
-    """The arrays with int64 labels and names as text. Raises UserError for a wrong shape, type or label."""
+    """The fields of a Dataset: tensors, and names as text. UserError for a wrong shape, type or label."""
     K, names, wrong = spec.classes, arrays["classes"], ""
     if names.shape != (K,):
         wrong = f"classes has shape {names.shape}, expected the names of {K} classes"
@@ -241,22 +235,22 @@ def _checked(arrays: dict[str, np.ndarray], spec: Spec, where: str) -> dict:
             wrong = f"{split}_y has labels {y.min()} to {y.max()}, expected 0 to {K - 1}"
     if wrong:
         raise UserError(f"{where}: {wrong}; delete or replace the file")
-    labels = {key: arrays[key].astype(np.int64) for key in ("train_y", "test_y")}
+    images = {key: torch.from_numpy(np.ascontiguousarray(arrays[key])) for key in ("train_x", "test_x")}
+    labels = {key: torch.from_numpy(arrays[key].astype(np.int64)) for key in ("train_y", "test_y")}
     texts = (name.decode() if isinstance(name, bytes) else str(name) for name in names)
-    return arrays | labels | {"classes": tuple(texts)}
+    return images | labels | {"classes": tuple(texts)}
 
 
-def _read_digits() -> dict:
+def _read_digits() -> dict[str, np.ndarray]:
     """scikit-learn's 1,797 real handwritten digits, 8 x 8, split once and for all into 1,437 and 360."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     x, y = load_digits(return_X_y=True)
     x = np.round(x.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
-    train_x, test_x, train_y, test_y = train_test_split(
-        x, y.astype(np.int64), test_size=360, stratify=y, random_state=0
-    )
-    return dict(train_x=train_x, train_y=train_y, test_x=test_x, test_y=test_y, classes=tuple("0123456789"))
+    train_x, test_x, train_y, test_y = train_test_split(x, y, test_size=360, stratify=y, random_state=0)
+    names = np.array(list("0123456789"))
+    return dict(train_x=train_x, train_y=train_y, test_x=test_x, test_y=test_y, classes=names)
 
 
 def _read_torchvision(name: str, data_dir: Path) -> dict[str, np.ndarray]:
@@ -266,22 +260,19 @@ def _read_torchvision(name: str, data_dir: Path) -> dict[str, np.ndarray]:
     """
     from torchvision import datasets
 
-    kinds = {kind.lower(): getattr(datasets, kind) for kind in ("MNIST", "FashionMNIST", "SVHN", "STL10")}
-    kinds |= {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
+    kind = next(getattr(datasets, kind) for kind in datasets.__all__ if kind.lower() == name)
+    by_name = name in ("svhn", "stl10")
     arrays = {}
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         for split in ("train", "test"):
-            which = {"split": split} if name in ("svhn", "stl10") else {"train": split == "train"}
+            which = {"split": split} if by_name else {"train": split == "train"}
             with contextlib.redirect_stdout(sys.stderr):  # its progress does not belong to our output
-                data = kinds[name](data_dir, download=True, **which)
-            x = np.asarray(data.data)
-            if x.ndim == 3:  # MNIST: (N, H, W)
-                x = x[..., None]
-            elif name in ("svhn", "stl10"):  # (N, C, H, W)
-                x = x.transpose(0, 2, 3, 1)
-            arrays[f"{split}_x"] = np.ascontiguousarray(x)
-            arrays[f"{split}_y"] = np.asarray(data.labels if "split" in which else data.targets)
+                data = kind(data_dir, download=True, **which)
+            x = np.asarray(data.data)  # MNIST: (N, H, W); SVHN, STL-10: (N, C, H, W); CIFAR: (N, H, W, C)
+            x = x.transpose(0, 2, 3, 1) if by_name else x
+            arrays[f"{split}_x"] = x.reshape(*x.shape[:3], -1)
+            arrays[f"{split}_y"] = np.asarray(data.labels if by_name else data.targets)
     except (OSError, RuntimeError, ValueError, AssertionError) as error:  # the last two: a truncated IDX file
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
@@ -306,13 +297,11 @@ def _memory(cgroup: str = "/proc/self/cgroup", limits: str = "/sys/fs/cgroup") -
     lines = Path(cgroup).read_text().splitlines() if os.path.exists(cgroup) else []
     for line in lines:
         _, controller, group = line.split(":", 2)
-        if controller not in ("", "memory"):
-            continue
-        name = "memory.limit_in_bytes" if controller else "memory.max"  # version 1, 2
         own = Path(limits, controller, group.lstrip("/"))
         for folder in (own, *own.parents):  # a group's limit holds for those below it
-            with contextlib.suppress(OSError, ValueError):  # not there; `max`: no limit
-                found.append(int((folder / name).read_text()))
+            for name in ("memory.max", "memory.limit_in_bytes"):  # version 2, 1
+                with contextlib.suppress(OSError, ValueError):  # not there; `max`: no limit
+                    found.append(int((folder / name).read_text()))
     return min(found)
 
 
@@ -328,10 +317,6 @@ def _read_folder(path: Path, size: int, test_share: float) -> dict:
     """
     path = path.resolve()
     where = f"--dataset folder:{path}"
-    if size < 1:
-        raise UserError(f"--image-size {size}: expected a number of pixels, 1 or more")
-    if not 0 <= test_share < 1:
-        raise UserError(f"--test-share {test_share:g}: expected a share of the images, 0 to 1")
     flat = not (path / "train").is_dir() and not (path / "test").is_dir()
     if flat and not test_share:
         expected = f"{path}/train/CLASS/IMAGE and {path}/test/CLASS/IMAGE"
@@ -351,17 +336,18 @@ def _read_folder(path: Path, size: int, test_share: float) -> dict:
     classes = tuple(splits[0])
     if odd := sorted(set(classes) ^ set(splits[1])):
         raise UserError(f"{where}: train and test have different classes ({odd[0]} is in one only)")
-    needed = sum(len(files) for split in splits for files in split.values()) * size * size * 3
-    if needed > _FOLDER_LIMIT:
-        _note(
-            f"folder:{path}: {needed / 2**30:.3g} GiB at --image-size {size} are too much to hold in memory; "
-            "images stream from disk, and are read once now for their mean and std"
-        )
     arrays = {"classes": classes}
     for name, split in zip(("train", "test"), splits, strict=True):
-        images = FolderImages([file for files in split.values() for file in files], size)
-        arrays[f"{name}_x"] = images if needed > _FOLDER_LIMIT else images.decode().numpy()
-        arrays[f"{name}_y"] = np.repeat(np.arange(len(split)), [len(files) for files in split.values()])
+        sizes = torch.tensor([len(files) for files in split.values()])
+        arrays[f"{name}_x"] = FolderImages(list(itertools.chain(*split.values())), size)
+        arrays[f"{name}_y"] = torch.arange(len(classes)).repeat_interleave(sizes)
+    needed = sum(math.prod(arrays[key].shape) for key in ("train_x", "test_x"))
+    if needed <= _FOLDER_LIMIT:
+        return arrays | {key: arrays[key].decode() for key in ("train_x", "test_x")}
+    _note(
+        f"folder:{path}: {needed / 2**30:.3g} GiB at --image-size {size} are too much to hold in memory; "
+        "images stream from disk, and are read once now for their mean and std"
+    )
     return arrays
 
 
@@ -381,11 +367,11 @@ def _find_images(root: Path, left_out: Counter) -> dict[str, list[str]]:
             elif here == root:
                 found[folder] = []
         for name in names:
-            hidden = name.startswith(".")
-            if hidden or here == root or not name.lower().endswith(tuple(_IMAGES.split())):
-                left_out[name if hidden or here == root else os.path.splitext(name)[1] or name] += 1
-            else:
+            known = name.lower().endswith(tuple(_IMAGES.split())) and not name.startswith(".")
+            if known and here != root:
                 found[here.relative_to(root).parts[0]].append((where, name))
+            else:
+                left_out[os.path.splitext(name)[1] or name] += 1
     empty = [name for name, files in found.items() if not files]
     if empty or not found:
         what = f"no image in class {empty[0]}" if empty else "no class"
@@ -429,9 +415,8 @@ def long_tail_subset(
 ) -> Tensor:
     """Indices of a long-tailed subset of labels y (N,), class by class in label order; always the same ones.
 
-    The head is the largest class, or with by_count=False class 0, as in the published tables. n_max is N / K.
-    A class that has fewer images than its quota (SVHN's digit 0) gives all it has, and its neighbours keep
-    theirs: labels and images cannot slide apart.
+    The head is the largest class, or with by_count=False class 0, as in the published tables. n_max is N / K;
+    a class that has fewer images than its quota (SVHN's digit 0) gives all it has.
     """
     generator = torch.Generator().manual_seed(0)
     quotas = long_tail_counts(K, len(y) / K, imbalance, profile)
@@ -457,12 +442,8 @@ def cut_for_dry_run(data: Dataset, batch_size: int) -> Dataset:
     """Two batches of training images or a few more, some of every class, and as many test images."""
     n = 2 * batch_size // len(data.classes)
     train, test = keep_per_class(data.train_y, n), keep_per_class(data.test_y, n)
-    return data._replace(
-        train_x=data.train_x[train],
-        train_y=data.train_y[train],
-        test_x=data.test_x[test],
-        test_y=data.test_y[test],
-    )
+    data = data._replace(train_x=data.train_x[train], train_y=data.train_y[train])
+    return data._replace(test_x=data.test_x[test], test_y=data.test_y[test])
 
 
 SUPERCLASSES = {  # CIFAR-100's twenty, of five classes each
@@ -513,9 +494,8 @@ def coarse_labels(classes: tuple[str, ...], grouping: str) -> tuple[Tensor, tupl
 def split_tasks(K: int, tasks: int) -> Tensor:
     """Which task of a class-incremental stream each class comes in: (K,) int64, values 0 to tasks - 1.
 
-    Classes in label order are cut into consecutive tasks of K / tasks classes; sizes differ by at most one
-    where that is no integer. The images of task t are those with task[y] == t. Raises UserError unless every
-    task gets a class.
+    Classes in label order are cut into consecutive tasks, whose sizes differ by at most one class; the images
+    of task t are those with task[y] == t. Raises UserError unless every task gets a class.
     """
     if not 1 <= tasks <= K:
         raise UserError(f"--tasks {tasks}: expected 1 to {K}, the number of classes")
@@ -527,10 +507,9 @@ class Batches:
     """Loader: uint8 images stay on the device, and a batch is one gather away, (B, C, H, W) float32.
 
     `epoch(index, batch_size, generator)` gives an epoch of batches, `all()` every image once for evaluation,
-    `load(index)` one batch. Each *draw* of an image gets a random crop and flip of its own: an image drawn
-    thirty times an epoch gets thirty crops. All of them are drawn at once on the CPU, so nothing synchronises
-    within the epoch, and the same seed gives the same views on every device. Without a generator there is no
-    crop and no flip. FolderImages give the same batches, bit for bit; other processes read their files ahead.
+    `load(index)` one batch. Each *draw* of an image gets a random crop and flip of its own, none without a
+    generator. All are drawn at once on the CPU, so nothing synchronises within the epoch, and the same seed
+    gives the same views on every device. FolderImages give the same batches, bit for bit.
     """
 
     def __init__(
@@ -566,7 +545,9 @@ class Batches:
             share = (batch.stop - batch.start) // count
             start = batch.start + rank * share
             parts.append(slice(start, start + share))
-        return self._read(index, views, parts) if self.files else self._gather(views, parts)
+        if self.files:
+            return self._read(index, views, parts)
+        return ((part, *(self._crop(self.rows, column[:, part]) for column in views)) for part in parts)
 
     def all(self, batch_size: int = 1000) -> Iterator:
         """An iterator over (part, x): every image once, in order, neither cropped nor flipped."""
@@ -610,10 +591,6 @@ class Batches:
         x = torch.addcmul(self.shift, x.float(), self.scale)
         return x.view(-1, self.H, self.W, self.C).permute(0, 3, 1, 2)
 
-    def _gather(self, views: list[Tensor], parts: list[slice]) -> Iterator:
-        for part in parts:
-            yield part, *(self._crop(self.rows, column[:, part]) for column in views)
-
     def _read(self, index: Tensor, views: list[Tensor], parts: list[slice]) -> Iterator:
         """The same from files: other processes decode a part's images, which are then padded and cropped."""
         files, size = self.files.files, self.files.size
@@ -646,8 +623,7 @@ def split_evenly(T: int, batch_size: int, count: int | None = None) -> list[slic
 class FolderImages:
     """Image files that stand for a uint8 tensor (N, size, size, 3) too large for memory.
 
-    `shape`, `len`, `images[slice, mask or index tensor]` are a tensor's, the last again FolderImages: no file
-    is opened before `decode`, and no pixels are kept.
+    Indexing gives FolderImages again: no file is opened before `decode`, and no pixels are kept.
     """
 
     def __init__(self, files: list[str], size: int):
@@ -663,11 +639,10 @@ class FolderImages:
 
     def decode(self) -> Tensor:
         """All of them, uint8 (N, size, size, 3). Raises UserError for a file that is no readable image."""
-        images = np.empty(self.shape, dtype=np.uint8)
+        kind = np.dtype((np.uint8, self.shape[1:]))
         with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter lock
-            for i, image in enumerate(pool.map(_read_image, self.files, itertools.repeat(self.size))):
-                images[i] = image
-        return torch.from_numpy(images)
+            images = pool.map(_read_image, self.files, itertools.repeat(self.size))
+            return torch.from_numpy(np.fromiter(images, kind, len(self)))
 
 
 def concatenate(a: Tensor | FolderImages, b: Tensor | FolderImages) -> Tensor | FolderImages:
@@ -683,9 +658,11 @@ def _read_image(file: str, size: int) -> np.ndarray:
     try:
         with Image.open(file) as opened:
             image = ImageOps.exif_transpose(opened)
-            sixteen_bits = image.mode.startswith("I;16") or opened.format in ("PNG", "PPM")
-            if image.mode[0] in "IF":
-                image = _to_8_bits(image, 65535 if sixteen_bits else 1)
+            if image.mode[0] in "IF":  # more than 8 bits
+                sixteen_bits = image.mode.startswith("I;16") or opened.format in ("PNG", "PPM")
+                image = Image.fromarray(
+                    _to_8_bits(np.asarray(image, np.float64), 65535 if sixteen_bits else 1)
+                )
             if image.mode.upper() in ("LA", "PA", "RGBA") or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -694,15 +671,12 @@ def _read_image(file: str, size: int) -> np.ndarray:
         raise UserError(f"{file}: not a readable image ({error}); mend or remove it") from None
 
 
-def _to_8_bits(image, white: int):
-    """A Pillow image of more than 8 bits with grey values 0 to white -> one of 8 bits."""
-    from PIL import Image
-
-    values = np.asarray(image, dtype=np.float64) / white
-    if not (0 <= values.min() and values.max() <= 1):  # also for nan
-        low, high = white * values.min(), white * values.max()
+def _to_8_bits(values: np.ndarray, white: int) -> np.ndarray:
+    """Grey values 0 to white -> 0 to 255."""
+    low, high = values.min(), values.max()
+    if not 0 <= low <= high <= white:  # also for nan
         raise ValueError(f"grey values {low:g} to {high:g}, expected 8 or 16 bits, or 0 to 1")
-    return Image.fromarray(np.round(255 * values).astype(np.uint8))
+    return np.round(255 * (values / white)).astype(np.uint8)
 
 
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -649,11 +649,6 @@ def test_folder_with_a_broken_image(damage, tree, user_error):
         load_dataset(f"folder:{tree}")
 
 
-def test_folder_with_an_impossible_size(tree, user_error):
-    with user_error("--image-size 0"):
-        load_dataset(f"folder:{tree}", image_size=0)
-
-
 # %% Batches
 
 
