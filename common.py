@@ -784,13 +784,12 @@ def expected_calibration_error(probability: Tensor, y: Tensor, bins: int = 15) -
 def heads(train_h, train_y, test_h, test_y, W, b=None) -> dict[str, float]:
     """Test accuracy that trained features give under other heads, without any training.
 
-    Features (N, d), labels (N,), class vectors W (K, d) and biases b (K,) as they are in the logits: a
-    factor on the logits is a factor on W.
+    Features (N, d), labels (N,), class vectors W (K, d) and biases b (K,) as they are in the logits.
         own           argmax_k  w_k . h + b_k
         equal_length  argmax_k  w_k . h / ||w_k||             tau-normalisation at 1 (Kang et al. 2020)
         minus_log_n   argmax_k  w_k . h + b_k - log n_k       logit adjustment at 1 (Menon et al. 2021)
         nearest_mean  argmin_k  ||h - mu_k||                  mu_k of the training features
-    Each also with `_few`: on the test samples of the classes that shot_groups calls few (nan if none).
+    Each also with `_few`: on the classes that shot_groups calls few (nan if none).
     """
     K = len(W)
     n = torch.bincount(train_y, minlength=K)
@@ -816,8 +815,8 @@ def heads(train_h, train_y, test_h, test_y, W, b=None) -> dict[str, float]:
 def task_accuracies(z: Tensor, y: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:
     """Accuracy on each task of a stream, (T,) float64 twice: class-IL and task-IL (van de Ven, Tolias 2019).
 
-    class-IL: argmax over all K logits z (N, K). task-IL: the test says which task an image is from, so argmax
-    over the classes of its own task. task (K,) as from split_tasks; nan for a task without test images.
+    class-IL: argmax over all K logits z (N, K); task-IL: over the classes of the image's own task. task (K,)
+    as from split_tasks; nan for a task without test images.
     """
     task = task.to(z.device)
     which = task[y]  # (N,)
@@ -840,18 +839,16 @@ def stream_metrics(R: Tensor) -> dict[str, float]:
     stream_average      mean of average_so_far(R)
     forgetting          1/(T-1) sum_{j<T-1} (max_{j<=i<T-1} R[i, j] - R[T-1, j])     Chaudhry et al. 2018
     backward_transfer   1/(T-1) sum_{j<T-1} (R[T-1, j] - R[j, j])                    Lopez-Paz, Ranzato 2017
-    Forgetting's maximum leaves out the last row, so forgetting may be negative, and the rows before task j is
-    learned, which hold chance. A joint run has one row, (1, T): it has an average, the rest is nan. Tasks
-    without test images (nan) are left out of every mean.
+    Forgetting's maximum leaves out the last row, so it may be negative. A joint run has one row, (1, T): an
+    average, the rest is nan. Tasks without test images (nan) are left out of every mean.
     """
     R = R.double()
     rows, T = R.shape
-    result = {"average": float(R[-1].nanmean())}
-    result |= dict.fromkeys(("stream_average", "forgetting", "backward_transfer"), math.nan)
-    if rows != T:
-        return result
-    result["stream_average"] = float(average_so_far(R).nanmean())
-    if T > 1:
+    result = dict.fromkeys(("average", "stream_average", "forgetting", "backward_transfer"), math.nan)
+    result["average"] = float(R[-1].nanmean())
+    if rows == T:
+        result["stream_average"] = float(average_so_far(R).nanmean())
+    if rows == T > 1:
         old = range(T - 1)
         result["forgetting"] = float(torch.stack([R[j:-1, j].max() - R[-1, j] for j in old]).nanmean())
         result["backward_transfer"] = float(torch.stack([R[-1, j] - R[j, j] for j in old]).nanmean())
@@ -896,7 +893,7 @@ def class_means(h: Tensor, y: Tensor, K: int) -> Tensor:
 
 
 class ClassSums(NamedTuple):
-    """What the measures of collapse share."""
+    """What the measures of collapse share, in float64."""
 
     count: Tensor  # (K,) n_k
     mean: Tensor  # (K, d) mu_k
@@ -905,19 +902,15 @@ class ClassSums(NamedTuple):
 
 
 def class_sums(h: Tensor, y: Tensor, K: int | None = None) -> ClassSums:
-    """Counts, means, centred means and within-class traces of features h (N, d), labels y (N,), float64.
-
-    K: number of classes, by default the largest label + 1. ValueError for a class without samples.
-    """
-    K = int(y.max()) + 1 if K is None else K
-    mean = class_means(h, y, K)
-    square = mean.new_zeros(K)
+    """Of features h (N, d), labels y (N,); K: the largest label + 1. ValueError for an empty class."""
+    mean = class_means(h, y, K or int(y.max()) + 1)
+    square = mean.new_zeros(len(mean))
     for x, k in chunks(h, y):
         z = x - mean.index_select(0, k)
         square.index_add_(0, k, torch.linalg.vecdot(z, z))
     from_first = mean - mean[0]  # of equal means exactly 0
     centred = from_first - from_first.mean(0)
-    count = torch.bincount(y, minlength=K).to(mean.device, torch.float64)
+    count = torch.bincount(y, minlength=len(mean)).to(mean.device, torch.float64)
     return ClassSums(count, mean, centred, square)
 
 
@@ -933,12 +926,12 @@ def nc1(h: Tensor, y: Tensor, sums: ClassSums | None = None, centred: bool = Tru
         Sigma_B = 1/K sum_k (mu_k - mu_G)(mu_k - mu_G)^T     mu_G = mean of the class means
     With A = (mu_k - mu_G)_k / sqrt(K), (K, d), Sigma_B = A^T A and pinv(Sigma_B) = P P^T for P = pinv(A), so
         tr(Sigma_W pinv(Sigma_B)) = 1/N sum_i ||P^T (h_i - mu_y)||^2
-    and no d x d matrix is needed. Two class means that (nearly) coincide give a singular value near 0; the
-    cut-off drops it, NC1 jumps, and only the rank tells. nan where no mean differs (rank 0).
-    NC1 does not see spread across the span of the centred means: report trace_ratio or cdnv beside it.
-    Papyan et al.'s notebook does not divide by K. centred=False: ZNC1, with mu_G = 0 and rank K.
+    and no d x d matrix is needed. Class means that (nearly) coincide give a singular value near 0, which the
+    cut-off drops: NC1 jumps, and only the rank tells. nan where no mean differs (rank 0). NC1 does not see
+    spread across the span of the centred means: report trace_ratio or cdnv beside it. The notebook of Papyan
+    et al. does not divide by K. centred=False: ZNC1, with mu_G = 0 and rank K.
     """
-    sums = class_sums(h, y) if sums is None else sums
+    sums = sums or class_sums(h, y)
     K = len(sums.mean)
     A = (sums.centred if centred else sums.mean) / K**0.5
     _, s, V = torch.linalg.svd(A, full_matrices=False)  # A = U diag(s) V
@@ -954,24 +947,19 @@ def nc1(h: Tensor, y: Tensor, sums: ClassSums | None = None, centred: bool = Tru
 
 
 def trace_ratio(h: Tensor, y: Tensor, sums: ClassSums | None = None) -> float:
-    """tr(Sigma_W) / tr(Sigma_B): spread in every direction counts. inf where no mean differs.
-
-    The `quotient` of the neural-collapse package, at its present state.
-    """
-    sums = class_sums(h, y) if sums is None else sums
+    """tr(Sigma_W) / tr(Sigma_B), the neural-collapse package's `quotient`. inf where no mean differs."""
+    sums = sums or class_sums(h, y)
     within = sums.square.sum() / sums.count.sum()
     between = sums.centred.square().sum() / len(sums.mean)
     return float(within / between)
 
 
 def cdnv(h: Tensor, y: Tensor, sums: ClassSums | None = None) -> float:
-    """Class-distance normalised variance (Galanti et al. 2022): mean over pairs of classes of
+    """CDNV (Galanti et al. 2022): mean over pairs of classes of (v_i + v_j) / (2 ||mu_i - mu_j||^2).
 
-        (v_i + v_j) / (2 ||mu_i - mu_j||^2)        v_k = mean of ||h - mu_k||^2 over class k
-
-    inf where two class means are equal (nan if neither class has any spread).
+    v_k = mean of ||h - mu_k||^2 over class k. inf where two means are equal (nan if neither has any spread).
     """
-    sums = class_sums(h, y) if sums is None else sums
+    sums = sums or class_sums(h, y)
     v = sums.square / sums.count
     i, j = torch.triu_indices(len(v), len(v), 1, device=v.device)
     return float(((v[i] + v[j]) / (2 * distances(sums.mean)[i, j].square())).mean())
@@ -983,11 +971,11 @@ VCI_LARGEST_D = 4096  # vci needs the d x d matrix Sigma_W and its eigenvectors;
 def vci(h: Tensor, y: Tensor, sums: ClassSums | None = None) -> float:
     """VCI = 1 - tr(pinv(Sigma_W + Sigma_B) Sigma_B) / r, r = min(d, K-1), of variability (Xu & Liu 2023).
 
-    From 0, collapsed, to 1; any invertible linear map of the features leaves it as it is. Computed as
+    From 0, collapsed, to 1, whatever the invertible linear map of the features. Computed as
         1/r sum_{i<=r} 1 / (1 + g_i)      g: the r largest eigenvalues of A pinv(Sigma_W) A^T, A as in nc1
     which near collapse, g -> inf, does not subtract from 1. nan where nothing differs, and for d > 4096.
     """
-    sums = class_sums(h, y) if sums is None else sums
+    sums = sums or class_sums(h, y)
     K, d = sums.mean.shape
     if d > VCI_LARGEST_D:
         return math.nan
@@ -1009,10 +997,9 @@ def class_distances(h: Tensor, y: Tensor, sums: ClassSums | None = None) -> Tens
     """D_ij = mean squared distance between a sample of class i and one of class j, (K, K) float64.
 
     = v_i + v_j + ||mu_i - mu_j||^2; on the diagonal over distinct samples, 2 v_i n_i / (n_i - 1), nan for a
-    class of one sample. No pair of samples is visited. (Diagnostic of Yang, Steinhardt & Hu 2023, whose
-    formula we did not see.)
+    class of one. (Diagnostic of Yang, Steinhardt & Hu 2023, whose formula we did not see.)
     """
-    sums = class_sums(h, y) if sums is None else sums
+    sums = sums or class_sums(h, y)
     v = sums.square / sums.count
     D = v[:, None] + v + distances(sums.mean).square()
     return D.diagonal_scatter(2 * sums.square / (sums.count - 1))  # 0 / 0 = nan
@@ -1036,13 +1023,18 @@ def _pairs(C: Tensor) -> Tensor:
     return C[i, j]
 
 
+def _pairwise_cosines(V: Tensor) -> Tensor:
+    """Cosines between all pairs of rows of V (K, d), (K (K-1) / 2,); nan with a row of zeros."""
+    V = unit(V)
+    return _pairs(V @ V.T)
+
+
 def mean_pairwise_cosine(V: Tensor, classes: Tensor) -> float:
     """Mean cosine between the rows `classes` of V. 1: minority collapse (Fang et al. 2021); -1/(K-1): an ETF.
 
     nan where there are fewer than two classes, or one of them is a row of zeros.
     """
-    V = unit(V[classes])
-    return float(_pairs(V @ V.T).mean())
+    return float(_pairwise_cosines(V[classes]).mean())
 
 
 def distances(V: Tensor) -> Tensor:
@@ -1055,7 +1047,7 @@ def distances(V: Tensor) -> Tensor:
 
 
 def nc0(W: Tensor) -> float:
-    """NC0 = 1/K ||W^T 1||^2, class vectors W (K, d): 0 where they sum to 0, as NC2 and NC3 together need.
+    """NC0 = 1/K ||W^T 1||^2: 0 where the class vectors W (K, d) sum to 0, as NC2 and NC3 together need.
 
     Not scale-free. (arXiv 2602.16642: SGD and Adam reach it, AdamW does not.)
     """
@@ -1069,13 +1061,8 @@ def equinorm(V: Tensor) -> float:
 
 
 def equiangularity(V: Tensor) -> float:
-    """NC2, angles: mean over pairs of |cos + 1/(K-1)|. 0 for a simplex ETF, nan with a row of zeros.
-
-    (Papyan et al. 2020.)
-    """
-    K = len(V)
-    V = unit(V)
-    return float((_pairs(V @ V.T) + 1 / (K - 1)).abs().mean())
+    """NC2, angles: mean over pairs of |cos + 1/(K-1)| (Papyan et al.). 0: a simplex ETF; nan: a zero row."""
+    return float((_pairwise_cosines(V) + 1 / (len(V) - 1)).abs().mean())
 
 
 def self_duality(W: Tensor, M: Tensor) -> float:
@@ -1141,17 +1128,16 @@ def zero_mean_metrics(means: Tensor, W: Tensor | None = None) -> dict[str, float
         znc_mean_cosine    mean over pairs of |cos|; znc_max_cosine: the largest
         znc_cosine_spread  std over pairs of cos
         znc_alignment      ||W/||W||_F - M/||M||_F||_F^2, in [0, 4]; only where W is given
-    Centre and target are those of the thesis abstract (Kim, part 2). Its released code (znc_utils.py) has the
-    same alignment; its stds are the sample's, ours the population's (norms: smaller by sqrt(K/(K-1)));
-    its mean of the cosines is signed, so that they cancel; and its (Z)NC1 averages the classes' covariances,
-    where nc1 pools them over samples: the same if all n_k are, 6 to 8% apart on a long tail.
+    Centre and target are those of the thesis abstract (Kim, part 2). Its released code (znc_utils.py) differs
+    in three places: stds are the sample's (norms: larger by sqrt(K/(K-1))); cosines are averaged with their
+    sign, so that they cancel; (Z)NC1 averages the classes' covariances, where nc1 pools samples (on a long
+    tail 6 to 8% apart).
     A mean at the origin has no angle: the cosines are nan. Raises ValueError for fewer than two classes.
     """
     K = len(means)
     if K < 2:
         raise ValueError(f"zero_mean_metrics: {K} class, and an angle needs two")
-    V = unit(means)  # nan, not a cosine of 0, for a mean at the origin: it must not look like success
-    C = _pairs(V @ V.T)
+    C = _pairwise_cosines(means)
     result = {
         "znc_equinorm": equinorm(means),
         "znc_mean_cosine": float(C.abs().mean()),
@@ -1166,10 +1152,9 @@ def zero_mean_metrics(means: Tensor, W: Tensor | None = None) -> dict[str, float
 
 
 def riesz_energy(V: Tensor, s: float = 0.0) -> float:
-    """Mean over pairs of the kernel sign(s) r^-s, or log(1/r) for s = 0; r = ||v_i - v_j|| of unit rows.
+    """Mean over pairs of sign(s) r^-s, or of log(1/r) for s = 0; r = ||v_i - v_j|| of unit rows of V (K, d).
 
-    V (K, d). Lower is more uniform; inf where two directions are equal. Simplex: r^2 = 2K/(K-1). Released
-    s = d - 2 underflows for d = 512: take s = 0, 1 or 2. A sum over ordered pairs is K (K - 1) times this.
+    Lower is more uniform; inf where two directions are equal. The released s = d - 2 underflows for d = 512.
     """
     r = _pairs(distances(unit(V)))
     if s == 0:
@@ -1238,7 +1223,7 @@ def one_vs_rest_distance(V: Tensor, tolerance: float = 1e-8, steps: int = 1000) 
 
     V (K, d) -> (K,), (K,) float64; nan if a row is 0. By duality the margin max_h min_j <w_k - w_j, h> over
     unit h (Jiang et al. 2024). K/(K-1) for K <= d + 1 at best, 1 for d + 2 <= K <= 2d, 1 - cos(2 pi/K) for
-    d = 2. A thousand classes take a minute at most; a progress bar says how far it is.
+    d = 2. A thousand classes take up to a minute.
     """
     V = unit(V)
     K, d = V.shape
@@ -1276,9 +1261,8 @@ def gnc3(W: Tensor, M: Tensor) -> float:
 def clustering_agreement(cluster, y) -> dict[str, float]:
     """How well clusters (N,) agree with classes y (N,); all 1 for the same partition, whatever the numbering.
 
-    purity: share of samples in the majority class of their cluster; nmi: mutual information over the mean of
-    the entropies; ari: Rand index, 0 by chance; matched: share right under the best one-to-one assignment of
-    clusters to classes (Hungarian).
+    purity: samples in the majority class of their cluster; nmi: mutual information over the mean entropy;
+    ari: Rand index, 0 by chance; matched: right under the best one-to-one assignment of clusters to classes.
     """
     from scipy.optimize import linear_sum_assignment
     from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
