@@ -91,15 +91,6 @@ def test_labels_statistics_and_pixels_are_those_of_memory(folder):
     assert streamed.train_x.decode().equal(held.train_x) and streamed.test_x.decode().equal(held.test_x)
 
 
-def test_statistics_are_counted_over_all_chunks():
-    images = torch.randint(256, (2500, 2, 3, 3), generator=generator(0), dtype=torch.uint8)
-    images[-1] = 255  # a last, smaller chunk that matters
-    mean, std = common._channel_statistics(images)
-    pixels = images.numpy().reshape(-1, 3) / 255
-    np.testing.assert_allclose(mean, pixels.mean(0), rtol=1e-6)
-    np.testing.assert_allclose(std, pixels.std(0), rtol=1e-6)
-
-
 def test_long_tail_is_the_same_subset(folder):
     held, streamed = load(folder, False, "folderlt"), load(folder, True, "folderlt")
     assert held.counts.tolist() == [9, 2, 5, 3]  # 9 = 36 images / 4 classes; the largest class is the head
