@@ -73,8 +73,7 @@ SPECS = {
 class Dataset(NamedTuple):
     """A data set. Images are uint8 (N, H, W, C); labels int64 (N,); mean and std (C,) in [0, 1].
 
-    The images of a folder too large for memory are FolderImages: shape and indexing are a tensor's, pixels
-    come from `decode` or through Batches.
+    The images of a folder too large for memory are FolderImages, which are indexed as a tensor is.
     """
 
     train_x: "Tensor | FolderImages"
@@ -118,9 +117,8 @@ def load_dataset(
 ) -> Dataset:
     """Data set by name; with the suffix `lt` its training split is long-tailed.
 
-    name: a key of SPECS, or `folder:PATH` with PATH/train/CLASS/IMAGE and PATH/test/CLASS/IMAGE, or with
-    PATH/CLASS/IMAGE and a test_share; with `lt`: `cifar100lt`, `folderlt:PATH`. imbalance and profile only
-    matter with `lt`; image_size only for folders (pixels; short side resized, then the centre is cut).
+    name: a key of SPECS, `folder:PATH` with PATH/train/CLASS/IMAGE and PATH/test/CLASS/IMAGE, or with
+    PATH/CLASS/IMAGE and a test_share. image_size (folders): the short side is resized, then the centre cut.
     Raises UserError for an unknown name, a bad file, data that cannot be downloaded, or an empty class.
     """
     base, long_tailed, path = split_name(name)
@@ -132,27 +130,23 @@ def load_dataset(
     else:
         arrays = _read_named(base, Path(data_dir).expanduser())
         pad, flip = SPECS[base].pad, SPECS[base].flip
-    classes = arrays["classes"]
-    train_x, train_y, test_x, test_y = (
-        torch.from_numpy(part) if isinstance(part, np.ndarray) else part
-        for part in (arrays[key] for key in _ARRAYS)
-    )
-    counts = torch.bincount(train_y, minlength=len(classes))
-    if len(classes) < 2:
-        raise UserError(f"--dataset {name}: its only class is {classes[0]}; expected two classes or more")
-    if counts.min() == 0:
-        raise UserError(f"--dataset {name}: class {classes[counts.argmin()]} has no training image")
-    mean, std = _channel_statistics(train_x)
-    fingerprint = _fingerprint(arrays)
-    if long_tailed:
-        keep = long_tail_subset(train_y, len(classes), imbalance, profile, by_count=base == "folder")
-        train_x, train_y = train_x[keep], train_y[keep]
-        counts = torch.bincount(train_y)
-        ratio = float(counts.max() / counts.min())
-        if abs(ratio / imbalance - 1) > 0.1:
-            most, least = counts.max(), counts.min()
-            _note(f"{name}: {most} to {least} images a class, a ratio of {ratio:.4g}, not {imbalance:g}")
-    return Dataset(train_x, train_y, test_x, test_y, classes, mean, std, pad, flip, fingerprint)
+    mean, std = _channel_statistics(arrays["train_x"])
+    data = Dataset(**arrays, mean=mean, std=std, pad=pad, flip=flip, fingerprint=_fingerprint(arrays))
+    if len(data.classes) < 2:
+        raise UserError(
+            f"--dataset {name}: its only class is {data.classes[0]}; expected two classes or more"
+        )
+    if data.counts.min() == 0:
+        empty = data.classes[data.counts.argmin()]
+        raise UserError(f"--dataset {name}: class {empty} has no training image")
+    if not long_tailed:
+        return data
+    keep = long_tail_subset(data.train_y, len(data.classes), imbalance, profile, by_count=base == "folder")
+    data = data._replace(train_x=data.train_x[keep], train_y=data.train_y[keep])
+    most, least = data.counts.max(), data.counts.min()
+    if abs(most / least / imbalance - 1) > 0.1:
+        _note(f"{name}: {most} to {least} images a class, a ratio of {most / least:.4g}, not {imbalance:g}")
+    return data
 
 
 _ARRAYS = ("train_x", "train_y", "test_x", "test_y")
@@ -185,25 +179,26 @@ def _channel_statistics(images: "Tensor | FolderImages") -> tuple[Tensor, Tensor
 def _fingerprint(arrays: dict) -> str:
     """Sizes and a checksum of all images, labels and class names; of streamed files their paths and sizes."""
     checksum = zlib.crc32("\n".join(arrays["classes"]).encode())
-    for key in _ARRAYS:
-        part = arrays[key]
+    for part in map(arrays.get, _ARRAYS):
         if isinstance(part, FolderImages):
-            lines = [f"{file} {os.path.getsize(file)}\n" for file in part.files]
-            part = "".join(lines).encode("utf-8", "surrogateescape")
-        checksum = zlib.crc32(part, checksum)
+            lines = (f"{file} {os.path.getsize(file)}\n" for file in part.files)
+            checksum = zlib.crc32("".join(lines).encode("utf-8", "surrogateescape"), checksum)
+        else:
+            checksum = zlib.crc32(part.numpy(), checksum)
     sizes = f"{len(arrays['train_y'])}+{len(arrays['test_y'])} images"
     return f"{sizes}, {len(arrays['classes'])} classes, {checksum:08x}"
 
 
 def _read_named(name: str, data_dir: Path) -> dict:
-    """A named data set: embedded, from DATA_DIR/NAME.npz, or through torchvision and then cached there."""
-    if name == "digits":
-        return _read_digits()
+    """A named data set: embedded, from DATA_DIR/NAME.npz, or through torchvision and then kept there."""
     cache = data_dir / f"{name}.npz"
+    if name == "digits":
+        return _checked(_read_digits(), SPECS[name], name)
     if cache.exists():
         return _checked(_read_npz(cache), SPECS[name], str(cache))
-    arrays = _checked(_read_torchvision(name, data_dir), SPECS[name], f"torchvision's {name} in {data_dir}")
-    write_atomically(cache, lambda part: np.savez(part, **arrays), shared=True)
+    found = _read_torchvision(name, data_dir)
+    arrays = _checked(found, SPECS[name], f"torchvision's {name} in {data_dir}")
+    write_atomically(cache, lambda part: np.savez(part, **found), shared=True)
     return arrays
 
 
@@ -212,8 +207,8 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:  # never unpickles: an object array raises ValueError
             if "x_train" not in file:
-                return {key: np.ascontiguousarray(file[key]) for key in (*_ARRAYS, "classes")}
-            arrays = {key: np.ascontiguousarray(file["_".join(key.split("_")[::-1])]) for key in _ARRAYS}
+                return {key: file[key] for key in (*_ARRAYS, "classes")}
+            arrays = {key: file["_".join(reversed(key.split("_")))] for key in _ARRAYS}
     except Exception as error:  # zip, zlib and the header's parser raise many kinds; all mean a damaged file
         reason = str(error).partition("\n")[0].partition(". ")[0]  # not NumPy's tip to unpickle
         reason = reason or type(error).__name__
@@ -221,12 +216,11 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
     for key in ("train_x", "test_x"):
         if arrays[key].ndim == 3:  # (N, H, W)
             arrays[key] = arrays[key][..., None]
-    K = SPECS[path.stem].classes
-    return arrays | {"classes": np.array([str(k) for k in range(K)])}
+    return arrays | {"classes": np.array([str(k) for k in range(SPECS[path.stem].classes)])}
 
 
 def _checked(arrays: dict[str, np.ndarray], spec: Spec, where: str) -> dict:
-    """The arrays with int64 labels and names as text. Raises UserError for a wrong shape, type or label."""
+    """The fields of a Dataset: tensors, and names as text. UserError for a wrong shape, type or label."""
     K, names, wrong = spec.classes, arrays["classes"], ""
     if names.shape != (K,):
         wrong = f"classes has shape {names.shape}, expected the names of {K} classes"
@@ -241,22 +235,22 @@ def _checked(arrays: dict[str, np.ndarray], spec: Spec, where: str) -> dict:
             wrong = f"{split}_y has labels {y.min()} to {y.max()}, expected 0 to {K - 1}"
     if wrong:
         raise UserError(f"{where}: {wrong}; delete or replace the file")
-    labels = {key: arrays[key].astype(np.int64) for key in ("train_y", "test_y")}
+    images = {key: torch.from_numpy(np.ascontiguousarray(arrays[key])) for key in ("train_x", "test_x")}
+    labels = {key: torch.from_numpy(arrays[key].astype(np.int64)) for key in ("train_y", "test_y")}
     texts = (name.decode() if isinstance(name, bytes) else str(name) for name in names)
-    return arrays | labels | {"classes": tuple(texts)}
+    return images | labels | {"classes": tuple(texts)}
 
 
-def _read_digits() -> dict:
+def _read_digits() -> dict[str, np.ndarray]:
     """scikit-learn's 1,797 real handwritten digits, 8 x 8, split once and for all into 1,437 and 360."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     x, y = load_digits(return_X_y=True)
     x = np.round(x.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
-    train_x, test_x, train_y, test_y = train_test_split(
-        x, y.astype(np.int64), test_size=360, stratify=y, random_state=0
-    )
-    return dict(train_x=train_x, train_y=train_y, test_x=test_x, test_y=test_y, classes=tuple("0123456789"))
+    train_x, test_x, train_y, test_y = train_test_split(x, y, test_size=360, stratify=y, random_state=0)
+    names = np.array(list("0123456789"))
+    return dict(train_x=train_x, train_y=train_y, test_x=test_x, test_y=test_y, classes=names)
 
 
 def _read_torchvision(name: str, data_dir: Path) -> dict[str, np.ndarray]:
@@ -266,22 +260,19 @@ def _read_torchvision(name: str, data_dir: Path) -> dict[str, np.ndarray]:
     """
     from torchvision import datasets
 
-    kinds = {kind.lower(): getattr(datasets, kind) for kind in ("MNIST", "FashionMNIST", "SVHN", "STL10")}
-    kinds |= {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
+    kind = next(getattr(datasets, kind) for kind in datasets.__all__ if kind.lower() == name)
+    by_name = name in ("svhn", "stl10")
     arrays = {}
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         for split in ("train", "test"):
-            which = {"split": split} if name in ("svhn", "stl10") else {"train": split == "train"}
+            which = {"split": split} if by_name else {"train": split == "train"}
             with contextlib.redirect_stdout(sys.stderr):  # its progress does not belong to our output
-                data = kinds[name](data_dir, download=True, **which)
-            x = np.asarray(data.data)
-            if x.ndim == 3:  # MNIST: (N, H, W)
-                x = x[..., None]
-            elif name in ("svhn", "stl10"):  # (N, C, H, W)
-                x = x.transpose(0, 2, 3, 1)
-            arrays[f"{split}_x"] = np.ascontiguousarray(x)
-            arrays[f"{split}_y"] = np.asarray(data.labels if "split" in which else data.targets)
+                data = kind(data_dir, download=True, **which)
+            x = np.asarray(data.data)  # MNIST: (N, H, W); SVHN, STL-10: (N, C, H, W); CIFAR: (N, H, W, C)
+            x = x.transpose(0, 2, 3, 1) if by_name else x
+            arrays[f"{split}_x"] = x.reshape(*x.shape[:3], -1)
+            arrays[f"{split}_y"] = np.asarray(data.labels if by_name else data.targets)
     except (OSError, RuntimeError, ValueError, AssertionError) as error:  # the last two: a truncated IDX file
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
@@ -306,13 +297,11 @@ def _memory(cgroup: str = "/proc/self/cgroup", limits: str = "/sys/fs/cgroup") -
     lines = Path(cgroup).read_text().splitlines() if os.path.exists(cgroup) else []
     for line in lines:
         _, controller, group = line.split(":", 2)
-        if controller not in ("", "memory"):
-            continue
-        name = "memory.limit_in_bytes" if controller else "memory.max"  # version 1, 2
         own = Path(limits, controller, group.lstrip("/"))
         for folder in (own, *own.parents):  # a group's limit holds for those below it
-            with contextlib.suppress(OSError, ValueError):  # not there; `max`: no limit
-                found.append(int((folder / name).read_text()))
+            for name in ("memory.max", "memory.limit_in_bytes"):  # version 2, 1
+                with contextlib.suppress(OSError, ValueError):  # not there; `max`: no limit
+                    found.append(int((folder / name).read_text()))
     return min(found)
 
 
@@ -328,10 +317,6 @@ def _read_folder(path: Path, size: int, test_share: float) -> dict:
     """
     path = path.resolve()
     where = f"--dataset folder:{path}"
-    if size < 1:
-        raise UserError(f"--image-size {size}: expected a number of pixels, 1 or more")
-    if not 0 <= test_share < 1:
-        raise UserError(f"--test-share {test_share:g}: expected a share of the images, 0 to 1")
     flat = not (path / "train").is_dir() and not (path / "test").is_dir()
     if flat and not test_share:
         expected = f"{path}/train/CLASS/IMAGE and {path}/test/CLASS/IMAGE"
@@ -351,17 +336,18 @@ def _read_folder(path: Path, size: int, test_share: float) -> dict:
     classes = tuple(splits[0])
     if odd := sorted(set(classes) ^ set(splits[1])):
         raise UserError(f"{where}: train and test have different classes ({odd[0]} is in one only)")
-    needed = sum(len(files) for split in splits for files in split.values()) * size * size * 3
-    if needed > _FOLDER_LIMIT:
-        _note(
-            f"folder:{path}: {needed / 2**30:.3g} GiB at --image-size {size} are too much to hold in memory; "
-            "images stream from disk, and are read once now for their mean and std"
-        )
     arrays = {"classes": classes}
     for name, split in zip(("train", "test"), splits, strict=True):
-        images = FolderImages([file for files in split.values() for file in files], size)
-        arrays[f"{name}_x"] = images if needed > _FOLDER_LIMIT else images.decode().numpy()
-        arrays[f"{name}_y"] = np.repeat(np.arange(len(split)), [len(files) for files in split.values()])
+        sizes = torch.tensor([len(files) for files in split.values()])
+        arrays[f"{name}_x"] = FolderImages(list(itertools.chain(*split.values())), size)
+        arrays[f"{name}_y"] = torch.arange(len(classes)).repeat_interleave(sizes)
+    needed = sum(math.prod(arrays[key].shape) for key in ("train_x", "test_x"))
+    if needed <= _FOLDER_LIMIT:
+        return arrays | {key: arrays[key].decode() for key in ("train_x", "test_x")}
+    _note(
+        f"folder:{path}: {needed / 2**30:.3g} GiB at --image-size {size} are too much to hold in memory; "
+        "images stream from disk, and are read once now for their mean and std"
+    )
     return arrays
 
 
@@ -381,11 +367,11 @@ def _find_images(root: Path, left_out: Counter) -> dict[str, list[str]]:
             elif here == root:
                 found[folder] = []
         for name in names:
-            hidden = name.startswith(".")
-            if hidden or here == root or not name.lower().endswith(tuple(_IMAGES.split())):
-                left_out[name if hidden or here == root else os.path.splitext(name)[1] or name] += 1
-            else:
+            known = name.lower().endswith(tuple(_IMAGES.split())) and not name.startswith(".")
+            if known and here != root:
                 found[here.relative_to(root).parts[0]].append((where, name))
+            else:
+                left_out[os.path.splitext(name)[1] or name] += 1
     empty = [name for name, files in found.items() if not files]
     if empty or not found:
         what = f"no image in class {empty[0]}" if empty else "no class"
@@ -429,9 +415,8 @@ def long_tail_subset(
 ) -> Tensor:
     """Indices of a long-tailed subset of labels y (N,), class by class in label order; always the same ones.
 
-    The head is the largest class, or with by_count=False class 0, as in the published tables. n_max is N / K.
-    A class that has fewer images than its quota (SVHN's digit 0) gives all it has, and its neighbours keep
-    theirs: labels and images cannot slide apart.
+    The head is the largest class, or with by_count=False class 0, as in the published tables. n_max is N / K;
+    a class that has fewer images than its quota (SVHN's digit 0) gives all it has.
     """
     generator = torch.Generator().manual_seed(0)
     quotas = long_tail_counts(K, len(y) / K, imbalance, profile)
@@ -457,12 +442,8 @@ def cut_for_dry_run(data: Dataset, batch_size: int) -> Dataset:
     """Two batches of training images or a few more, some of every class, and as many test images."""
     n = 2 * batch_size // len(data.classes)
     train, test = keep_per_class(data.train_y, n), keep_per_class(data.test_y, n)
-    return data._replace(
-        train_x=data.train_x[train],
-        train_y=data.train_y[train],
-        test_x=data.test_x[test],
-        test_y=data.test_y[test],
-    )
+    data = data._replace(train_x=data.train_x[train], train_y=data.train_y[train])
+    return data._replace(test_x=data.test_x[test], test_y=data.test_y[test])
 
 
 SUPERCLASSES = {  # CIFAR-100's twenty, of five classes each
@@ -513,9 +494,8 @@ def coarse_labels(classes: tuple[str, ...], grouping: str) -> tuple[Tensor, tupl
 def split_tasks(K: int, tasks: int) -> Tensor:
     """Which task of a class-incremental stream each class comes in: (K,) int64, values 0 to tasks - 1.
 
-    Classes in label order are cut into consecutive tasks of K / tasks classes; sizes differ by at most one
-    where that is no integer. The images of task t are those with task[y] == t. Raises UserError unless every
-    task gets a class.
+    Classes in label order are cut into consecutive tasks, whose sizes differ by at most one class; the images
+    of task t are those with task[y] == t. Raises UserError unless every task gets a class.
     """
     if not 1 <= tasks <= K:
         raise UserError(f"--tasks {tasks}: expected 1 to {K}, the number of classes")
@@ -527,10 +507,9 @@ class Batches:
     """Loader: uint8 images stay on the device, and a batch is one gather away, (B, C, H, W) float32.
 
     `epoch(index, batch_size, generator)` gives an epoch of batches, `all()` every image once for evaluation,
-    `load(index)` one batch. Each *draw* of an image gets a random crop and flip of its own: an image drawn
-    thirty times an epoch gets thirty crops. All of them are drawn at once on the CPU, so nothing synchronises
-    within the epoch, and the same seed gives the same views on every device. Without a generator there is no
-    crop and no flip. FolderImages give the same batches, bit for bit; other processes read their files ahead.
+    `load(index)` one batch. Each *draw* of an image gets a random crop and flip of its own, none without a
+    generator. All are drawn at once on the CPU, so nothing synchronises within the epoch, and the same seed
+    gives the same views on every device. FolderImages give the same batches, bit for bit.
     """
 
     def __init__(
@@ -566,7 +545,9 @@ class Batches:
             share = (batch.stop - batch.start) // count
             start = batch.start + rank * share
             parts.append(slice(start, start + share))
-        return self._read(index, views, parts) if self.files else self._gather(views, parts)
+        if self.files:
+            return self._read(index, views, parts)
+        return ((part, *(self._crop(self.rows, column[:, part]) for column in views)) for part in parts)
 
     def all(self, batch_size: int = 1000) -> Iterator:
         """An iterator over (part, x): every image once, in order, neither cropped nor flipped."""
@@ -610,10 +591,6 @@ class Batches:
         x = torch.addcmul(self.shift, x.float(), self.scale)
         return x.view(-1, self.H, self.W, self.C).permute(0, 3, 1, 2)
 
-    def _gather(self, views: list[Tensor], parts: list[slice]) -> Iterator:
-        for part in parts:
-            yield part, *(self._crop(self.rows, column[:, part]) for column in views)
-
     def _read(self, index: Tensor, views: list[Tensor], parts: list[slice]) -> Iterator:
         """The same from files: other processes decode a part's images, which are then padded and cropped."""
         files, size = self.files.files, self.files.size
@@ -646,8 +623,7 @@ def split_evenly(T: int, batch_size: int, count: int | None = None) -> list[slic
 class FolderImages:
     """Image files that stand for a uint8 tensor (N, size, size, 3) too large for memory.
 
-    `shape`, `len`, `images[slice, mask or index tensor]` are a tensor's, the last again FolderImages: no file
-    is opened before `decode`, and no pixels are kept.
+    Indexing gives FolderImages again: no file is opened before `decode`, and no pixels are kept.
     """
 
     def __init__(self, files: list[str], size: int):
@@ -663,11 +639,10 @@ class FolderImages:
 
     def decode(self) -> Tensor:
         """All of them, uint8 (N, size, size, 3). Raises UserError for a file that is no readable image."""
-        images = np.empty(self.shape, dtype=np.uint8)
+        kind = np.dtype((np.uint8, self.shape[1:]))
         with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter lock
-            for i, image in enumerate(pool.map(_read_image, self.files, itertools.repeat(self.size))):
-                images[i] = image
-        return torch.from_numpy(images)
+            images = pool.map(_read_image, self.files, itertools.repeat(self.size))
+            return torch.from_numpy(np.fromiter(images, kind, len(self)))
 
 
 def concatenate(a: Tensor | FolderImages, b: Tensor | FolderImages) -> Tensor | FolderImages:
@@ -683,9 +658,11 @@ def _read_image(file: str, size: int) -> np.ndarray:
     try:
         with Image.open(file) as opened:
             image = ImageOps.exif_transpose(opened)
-            sixteen_bits = image.mode.startswith("I;16") or opened.format in ("PNG", "PPM")
-            if image.mode[0] in "IF":
-                image = _to_8_bits(image, 65535 if sixteen_bits else 1)
+            if image.mode[0] in "IF":  # more than 8 bits
+                sixteen_bits = image.mode.startswith("I;16") or opened.format in ("PNG", "PPM")
+                image = Image.fromarray(
+                    _to_8_bits(np.asarray(image, np.float64), 65535 if sixteen_bits else 1)
+                )
             if image.mode.upper() in ("LA", "PA", "RGBA") or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -694,15 +671,12 @@ def _read_image(file: str, size: int) -> np.ndarray:
         raise UserError(f"{file}: not a readable image ({error}); mend or remove it") from None
 
 
-def _to_8_bits(image, white: int):
-    """A Pillow image of more than 8 bits with grey values 0 to white -> one of 8 bits."""
-    from PIL import Image
-
-    values = np.asarray(image, dtype=np.float64) / white
-    if not (0 <= values.min() and values.max() <= 1):  # also for nan
-        low, high = white * values.min(), white * values.max()
+def _to_8_bits(values: np.ndarray, white: int) -> np.ndarray:
+    """Grey values 0 to white -> 0 to 255."""
+    low, high = values.min(), values.max()
+    if not 0 <= low <= high <= white:  # also for nan
         raise ValueError(f"grey values {low:g} to {high:g}, expected 8 or 16 bits, or 0 to 1")
-    return Image.fromarray(np.round(255 * values).astype(np.uint8))
+    return np.round(255 * (values / white)).astype(np.uint8)
 
 
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -710,8 +684,8 @@ WORKERS = min(8, _CORES)  # processes that read streamed images ahead; with 0 th
 _READERS: list[DataLoader] = []  # idle ones; their processes stay: to start them may take as long as an epoch
 
 
-class _Files:
-    """What worker processes do: decode. Small, since it is pickled to them."""
+class _Decoder:
+    """What worker processes do. Small, since it is pickled to them."""
 
     def __getitem__(self, request: tuple[list[str], int]) -> np.ndarray | str:
         files, size = request
@@ -721,33 +695,28 @@ class _Files:
             return str(error)
 
 
-def _ignore_interrupt(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program, which ends its workers
-
-
-def _unchanged(pixels: np.ndarray) -> np.ndarray:
+def _as_it_is(pixels: np.ndarray | str) -> np.ndarray | str:
     return pixels  # no tensor: that would be handed over in shared memory, of which containers have little
 
 
 def _start_reader() -> DataLoader:
-    """A DataLoader whose processes run, and stay; what it reads is put into its list `sampler`."""
+    """A DataLoader whose processes run, and stay; what is put into its list `sampler` they read."""
     reader = DataLoader(
-        _Files(),
+        _Decoder(),
         batch_size=None,  # a request is a batch
         sampler=[],
-        collate_fn=_unchanged,
+        collate_fn=_as_it_is,
         num_workers=WORKERS,
-        persistent_workers=True,
-        worker_init_fn=_ignore_interrupt,
+        persistent_workers=WORKERS > 0,
         generator=torch.Generator(),  # else it draws from torch's own, and dropout would be another one
     )
-    kinds = [getattr(signal, kind) for kind in ("SIGINT", "SIGCHLD") if hasattr(signal, kind)]
+    kinds = {signal.SIGINT, getattr(signal, "SIGCHLD", signal.SIGINT)}  # Windows has one of them
     before = {kind: signal.getsignal(kind) for kind in kinds}
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited, so that it holds while they start
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # workers inherit it: Ctrl-C is for the program, which ends them
     try:
-        iter(
-            reader
-        )  # its own SIGCHLD handler would raise anywhere in the program, not at the next batch only
+        iter(reader)  # starts them. Its SIGCHLD handler would raise anywhere, not at the next batch only
     finally:
         for kind, handler in before.items():
             signal.signal(kind, handler)
@@ -756,22 +725,16 @@ def _start_reader() -> DataLoader:
 
 def _read_ahead(requests: list[tuple[list[str], int]]) -> Iterator[np.ndarray]:
     """The pixels of each request in turn. Raises UserError for a damaged image or a killed worker."""
-    if WORKERS == 0:
-        results = map(_Files().__getitem__, requests)
-    else:
-        reader = _READERS.pop() if _READERS else _start_reader()
-        reader.sampler[:] = requests
-        results = iter(reader)
-    for _ in requests:
-        try:
-            pixels = next(results)
-        except RuntimeError as error:  # DataLoader's, for a worker that was killed
-            raise UserError(f"{error}; out of memory? Lower --batch-size or --image-size") from None
-        if isinstance(pixels, str):
-            raise UserError(pixels)
-        yield pixels
-    if WORKERS:
-        _READERS.append(reader)  # not after an error: then its workers end with it
+    reader = _READERS.pop() if _READERS else _start_reader()
+    reader.sampler[:] = requests
+    try:
+        for pixels in reader:
+            if isinstance(pixels, str):
+                raise UserError(pixels)
+            yield pixels
+    except RuntimeError as error:  # DataLoader's, for a worker that was killed
+        raise UserError(f"{error}; out of memory? Lower --batch-size or --image-size") from None
+    _READERS.append(reader)  # not after an error: then its workers end with it
 
 
 # %% ---------------------------------------------------------------------------------------------- Metrics
@@ -821,13 +784,12 @@ def expected_calibration_error(probability: Tensor, y: Tensor, bins: int = 15) -
 def heads(train_h, train_y, test_h, test_y, W, b=None) -> dict[str, float]:
     """Test accuracy that trained features give under other heads, without any training.
 
-    Features (N, d), labels (N,), class vectors W (K, d) and biases b (K,) as they are in the logits: a
-    factor on the logits is a factor on W.
+    Features (N, d), labels (N,), class vectors W (K, d) and biases b (K,) as they are in the logits.
         own           argmax_k  w_k . h + b_k
         equal_length  argmax_k  w_k . h / ||w_k||             tau-normalisation at 1 (Kang et al. 2020)
         minus_log_n   argmax_k  w_k . h + b_k - log n_k       logit adjustment at 1 (Menon et al. 2021)
         nearest_mean  argmin_k  ||h - mu_k||                  mu_k of the training features
-    Each also with `_few`: on the test samples of the classes that shot_groups calls few (nan if none).
+    Each also with `_few`: on the classes that shot_groups calls few (nan if none).
     """
     K = len(W)
     n = torch.bincount(train_y, minlength=K)
@@ -853,8 +815,8 @@ def heads(train_h, train_y, test_h, test_y, W, b=None) -> dict[str, float]:
 def task_accuracies(z: Tensor, y: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:
     """Accuracy on each task of a stream, (T,) float64 twice: class-IL and task-IL (van de Ven, Tolias 2019).
 
-    class-IL: argmax over all K logits z (N, K). task-IL: the test says which task an image is from, so argmax
-    over the classes of its own task. task (K,) as from split_tasks; nan for a task without test images.
+    class-IL: argmax over all K logits z (N, K); task-IL: over the classes of the image's own task. task (K,)
+    as from split_tasks; nan for a task without test images.
     """
     task = task.to(z.device)
     which = task[y]  # (N,)
@@ -877,18 +839,16 @@ def stream_metrics(R: Tensor) -> dict[str, float]:
     stream_average      mean of average_so_far(R)
     forgetting          1/(T-1) sum_{j<T-1} (max_{j<=i<T-1} R[i, j] - R[T-1, j])     Chaudhry et al. 2018
     backward_transfer   1/(T-1) sum_{j<T-1} (R[T-1, j] - R[j, j])                    Lopez-Paz, Ranzato 2017
-    Forgetting's maximum leaves out the last row, so forgetting may be negative, and the rows before task j is
-    learned, which hold chance. A joint run has one row, (1, T): it has an average, the rest is nan. Tasks
-    without test images (nan) are left out of every mean.
+    Forgetting's maximum leaves out the last row, so it may be negative. A joint run has one row, (1, T): an
+    average, the rest is nan. Tasks without test images (nan) are left out of every mean.
     """
     R = R.double()
     rows, T = R.shape
-    result = {"average": float(R[-1].nanmean())}
-    result |= dict.fromkeys(("stream_average", "forgetting", "backward_transfer"), math.nan)
-    if rows != T:
-        return result
-    result["stream_average"] = float(average_so_far(R).nanmean())
-    if T > 1:
+    result = dict.fromkeys(("average", "stream_average", "forgetting", "backward_transfer"), math.nan)
+    result["average"] = float(R[-1].nanmean())
+    if rows == T:
+        result["stream_average"] = float(average_so_far(R).nanmean())
+    if rows == T > 1:
         old = range(T - 1)
         result["forgetting"] = float(torch.stack([R[j:-1, j].max() - R[-1, j] for j in old]).nanmean())
         result["backward_transfer"] = float(torch.stack([R[-1, j] - R[j, j] for j in old]).nanmean())
@@ -933,7 +893,7 @@ def class_means(h: Tensor, y: Tensor, K: int) -> Tensor:
 
 
 class ClassSums(NamedTuple):
-    """What the measures of collapse share."""
+    """What the measures of collapse share, in float64."""
 
     count: Tensor  # (K,) n_k
     mean: Tensor  # (K, d) mu_k
@@ -942,19 +902,15 @@ class ClassSums(NamedTuple):
 
 
 def class_sums(h: Tensor, y: Tensor, K: int | None = None) -> ClassSums:
-    """Counts, means, centred means and within-class traces of features h (N, d), labels y (N,), float64.
-
-    K: number of classes, by default the largest label + 1. ValueError for a class without samples.
-    """
-    K = int(y.max()) + 1 if K is None else K
-    mean = class_means(h, y, K)
-    square = mean.new_zeros(K)
+    """Of features h (N, d), labels y (N,); K: the largest label + 1. ValueError for an empty class."""
+    mean = class_means(h, y, K or int(y.max()) + 1)
+    square = mean.new_zeros(len(mean))
     for x, k in chunks(h, y):
         z = x - mean.index_select(0, k)
         square.index_add_(0, k, torch.linalg.vecdot(z, z))
     from_first = mean - mean[0]  # of equal means exactly 0
     centred = from_first - from_first.mean(0)
-    count = torch.bincount(y, minlength=K).to(mean.device, torch.float64)
+    count = torch.bincount(y, minlength=len(mean)).to(mean.device, torch.float64)
     return ClassSums(count, mean, centred, square)
 
 
@@ -970,12 +926,12 @@ def nc1(h: Tensor, y: Tensor, sums: ClassSums | None = None, centred: bool = Tru
         Sigma_B = 1/K sum_k (mu_k - mu_G)(mu_k - mu_G)^T     mu_G = mean of the class means
     With A = (mu_k - mu_G)_k / sqrt(K), (K, d), Sigma_B = A^T A and pinv(Sigma_B) = P P^T for P = pinv(A), so
         tr(Sigma_W pinv(Sigma_B)) = 1/N sum_i ||P^T (h_i - mu_y)||^2
-    and no d x d matrix is needed. Two class means that (nearly) coincide give a singular value near 0; the
-    cut-off drops it, NC1 jumps, and only the rank tells. nan where no mean differs (rank 0).
-    NC1 does not see spread across the span of the centred means: report trace_ratio or cdnv beside it.
-    Papyan et al.'s notebook does not divide by K. centred=False: ZNC1, with mu_G = 0 and rank K.
+    and no d x d matrix is needed. Class means that (nearly) coincide give a singular value near 0, which the
+    cut-off drops: NC1 jumps, and only the rank tells. nan where no mean differs (rank 0). NC1 does not see
+    spread across the span of the centred means: report trace_ratio or cdnv beside it. The notebook of Papyan
+    et al. does not divide by K. centred=False: ZNC1, with mu_G = 0 and rank K.
     """
-    sums = class_sums(h, y) if sums is None else sums
+    sums = sums or class_sums(h, y)
     K = len(sums.mean)
     A = (sums.centred if centred else sums.mean) / K**0.5
     _, s, V = torch.linalg.svd(A, full_matrices=False)  # A = U diag(s) V
@@ -991,24 +947,19 @@ def nc1(h: Tensor, y: Tensor, sums: ClassSums | None = None, centred: bool = Tru
 
 
 def trace_ratio(h: Tensor, y: Tensor, sums: ClassSums | None = None) -> float:
-    """tr(Sigma_W) / tr(Sigma_B): spread in every direction counts. inf where no mean differs.
-
-    The `quotient` of the neural-collapse package, at its present state.
-    """
-    sums = class_sums(h, y) if sums is None else sums
+    """tr(Sigma_W) / tr(Sigma_B), the neural-collapse package's `quotient`. inf where no mean differs."""
+    sums = sums or class_sums(h, y)
     within = sums.square.sum() / sums.count.sum()
     between = sums.centred.square().sum() / len(sums.mean)
     return float(within / between)
 
 
 def cdnv(h: Tensor, y: Tensor, sums: ClassSums | None = None) -> float:
-    """Class-distance normalised variance (Galanti et al. 2022): mean over pairs of classes of
+    """CDNV (Galanti et al. 2022): mean over pairs of classes of (v_i + v_j) / (2 ||mu_i - mu_j||^2).
 
-        (v_i + v_j) / (2 ||mu_i - mu_j||^2)        v_k = mean of ||h - mu_k||^2 over class k
-
-    inf where two class means are equal (nan if neither class has any spread).
+    v_k = mean of ||h - mu_k||^2 over class k. inf where two means are equal (nan if neither has any spread).
     """
-    sums = class_sums(h, y) if sums is None else sums
+    sums = sums or class_sums(h, y)
     v = sums.square / sums.count
     i, j = torch.triu_indices(len(v), len(v), 1, device=v.device)
     return float(((v[i] + v[j]) / (2 * distances(sums.mean)[i, j].square())).mean())
@@ -1020,11 +971,11 @@ VCI_LARGEST_D = 4096  # vci needs the d x d matrix Sigma_W and its eigenvectors;
 def vci(h: Tensor, y: Tensor, sums: ClassSums | None = None) -> float:
     """VCI = 1 - tr(pinv(Sigma_W + Sigma_B) Sigma_B) / r, r = min(d, K-1), of variability (Xu & Liu 2023).
 
-    From 0, collapsed, to 1; any invertible linear map of the features leaves it as it is. Computed as
+    From 0, collapsed, to 1, whatever the invertible linear map of the features. Computed as
         1/r sum_{i<=r} 1 / (1 + g_i)      g: the r largest eigenvalues of A pinv(Sigma_W) A^T, A as in nc1
     which near collapse, g -> inf, does not subtract from 1. nan where nothing differs, and for d > 4096.
     """
-    sums = class_sums(h, y) if sums is None else sums
+    sums = sums or class_sums(h, y)
     K, d = sums.mean.shape
     if d > VCI_LARGEST_D:
         return math.nan
@@ -1046,10 +997,9 @@ def class_distances(h: Tensor, y: Tensor, sums: ClassSums | None = None) -> Tens
     """D_ij = mean squared distance between a sample of class i and one of class j, (K, K) float64.
 
     = v_i + v_j + ||mu_i - mu_j||^2; on the diagonal over distinct samples, 2 v_i n_i / (n_i - 1), nan for a
-    class of one sample. No pair of samples is visited. (Diagnostic of Yang, Steinhardt & Hu 2023, whose
-    formula we did not see.)
+    class of one. (Diagnostic of Yang, Steinhardt & Hu 2023, whose formula we did not see.)
     """
-    sums = class_sums(h, y) if sums is None else sums
+    sums = sums or class_sums(h, y)
     v = sums.square / sums.count
     D = v[:, None] + v + distances(sums.mean).square()
     return D.diagonal_scatter(2 * sums.square / (sums.count - 1))  # 0 / 0 = nan
@@ -1073,13 +1023,18 @@ def _pairs(C: Tensor) -> Tensor:
     return C[i, j]
 
 
+def _pairwise_cosines(V: Tensor) -> Tensor:
+    """Cosines between all pairs of rows of V (K, d), (K (K-1) / 2,); nan with a row of zeros."""
+    V = unit(V)
+    return _pairs(V @ V.T)
+
+
 def mean_pairwise_cosine(V: Tensor, classes: Tensor) -> float:
     """Mean cosine between the rows `classes` of V. 1: minority collapse (Fang et al. 2021); -1/(K-1): an ETF.
 
     nan where there are fewer than two classes, or one of them is a row of zeros.
     """
-    V = unit(V[classes])
-    return float(_pairs(V @ V.T).mean())
+    return float(_pairwise_cosines(V[classes]).mean())
 
 
 def distances(V: Tensor) -> Tensor:
@@ -1092,7 +1047,7 @@ def distances(V: Tensor) -> Tensor:
 
 
 def nc0(W: Tensor) -> float:
-    """NC0 = 1/K ||W^T 1||^2, class vectors W (K, d): 0 where they sum to 0, as NC2 and NC3 together need.
+    """NC0 = 1/K ||W^T 1||^2: 0 where the class vectors W (K, d) sum to 0, as NC2 and NC3 together need.
 
     Not scale-free. (arXiv 2602.16642: SGD and Adam reach it, AdamW does not.)
     """
@@ -1106,13 +1061,8 @@ def equinorm(V: Tensor) -> float:
 
 
 def equiangularity(V: Tensor) -> float:
-    """NC2, angles: mean over pairs of |cos + 1/(K-1)|. 0 for a simplex ETF, nan with a row of zeros.
-
-    (Papyan et al. 2020.)
-    """
-    K = len(V)
-    V = unit(V)
-    return float((_pairs(V @ V.T) + 1 / (K - 1)).abs().mean())
+    """NC2, angles: mean over pairs of |cos + 1/(K-1)| (Papyan et al.). 0: a simplex ETF; nan: a zero row."""
+    return float((_pairwise_cosines(V) + 1 / (len(V) - 1)).abs().mean())
 
 
 def self_duality(W: Tensor, M: Tensor) -> float:
@@ -1178,17 +1128,16 @@ def zero_mean_metrics(means: Tensor, W: Tensor | None = None) -> dict[str, float
         znc_mean_cosine    mean over pairs of |cos|; znc_max_cosine: the largest
         znc_cosine_spread  std over pairs of cos
         znc_alignment      ||W/||W||_F - M/||M||_F||_F^2, in [0, 4]; only where W is given
-    Centre and target are those of the thesis abstract (Kim, part 2). Its released code (znc_utils.py) has the
-    same alignment; its stds are the sample's, ours the population's (norms: smaller by sqrt(K/(K-1)));
-    its mean of the cosines is signed, so that they cancel; and its (Z)NC1 averages the classes' covariances,
-    where nc1 pools them over samples: the same if all n_k are, 6 to 8% apart on a long tail.
+    Centre and target are those of the thesis abstract (Kim, part 2). Its released code (znc_utils.py) differs
+    in three places: stds are the sample's (norms: larger by sqrt(K/(K-1))); cosines are averaged with their
+    sign, so that they cancel; (Z)NC1 averages the classes' covariances, where nc1 pools samples (on a long
+    tail 6 to 8% apart).
     A mean at the origin has no angle: the cosines are nan. Raises ValueError for fewer than two classes.
     """
     K = len(means)
     if K < 2:
         raise ValueError(f"zero_mean_metrics: {K} class, and an angle needs two")
-    V = unit(means)  # nan, not a cosine of 0, for a mean at the origin: it must not look like success
-    C = _pairs(V @ V.T)
+    C = _pairwise_cosines(means)
     result = {
         "znc_equinorm": equinorm(means),
         "znc_mean_cosine": float(C.abs().mean()),
@@ -1203,10 +1152,9 @@ def zero_mean_metrics(means: Tensor, W: Tensor | None = None) -> dict[str, float
 
 
 def riesz_energy(V: Tensor, s: float = 0.0) -> float:
-    """Mean over pairs of the kernel sign(s) r^-s, or log(1/r) for s = 0; r = ||v_i - v_j|| of unit rows.
+    """Mean over pairs of sign(s) r^-s, or of log(1/r) for s = 0; r = ||v_i - v_j|| of unit rows of V (K, d).
 
-    V (K, d). Lower is more uniform; inf where two directions are equal. Simplex: r^2 = 2K/(K-1). Released
-    s = d - 2 underflows for d = 512: take s = 0, 1 or 2. A sum over ordered pairs is K (K - 1) times this.
+    Lower is more uniform; inf where two directions are equal. The released s = d - 2 underflows for d = 512.
     """
     r = _pairs(distances(unit(V)))
     if s == 0:
@@ -1275,7 +1223,7 @@ def one_vs_rest_distance(V: Tensor, tolerance: float = 1e-8, steps: int = 1000) 
 
     V (K, d) -> (K,), (K,) float64; nan if a row is 0. By duality the margin max_h min_j <w_k - w_j, h> over
     unit h (Jiang et al. 2024). K/(K-1) for K <= d + 1 at best, 1 for d + 2 <= K <= 2d, 1 - cos(2 pi/K) for
-    d = 2. A thousand classes take a minute at most; a progress bar says how far it is.
+    d = 2. A thousand classes take up to a minute.
     """
     V = unit(V)
     K, d = V.shape
@@ -1313,9 +1261,8 @@ def gnc3(W: Tensor, M: Tensor) -> float:
 def clustering_agreement(cluster, y) -> dict[str, float]:
     """How well clusters (N,) agree with classes y (N,); all 1 for the same partition, whatever the numbering.
 
-    purity: share of samples in the majority class of their cluster; nmi: mutual information over the mean of
-    the entropies; ari: Rand index, 0 by chance; matched: share right under the best one-to-one assignment of
-    clusters to classes (Hungarian).
+    purity: samples in the majority class of their cluster; nmi: mutual information over the mean entropy;
+    ari: Rand index, 0 by chance; matched: right under the best one-to-one assignment of clusters to classes.
     """
     from scipy.optimize import linear_sum_assignment
     from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
