@@ -250,6 +250,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from common import (
     Arguments,
@@ -275,6 +276,7 @@ from common import (
     nc1,
     open_run,
     prepare_data,
+    save_figure,
     self_duality,
     split_name,
     split_tasks,
@@ -757,20 +759,19 @@ def by_job(runs: list[Run]) -> dict[str, list[Run]]:
 
 def draw_figures(folder: Path, runs: list[Run]) -> None:
     """Three figures of finished runs, jobs side by side: means over seeds, feature maps of the first seed."""
-    points = {}  # {"fno-mask": (learners, accuracies)}
+    bars = {}  # {"fno-mask": {"er 50": class-IL of every seed}}
     matrices = {}
     energy = {}
     for name, seeds in by_job(runs).items():
         results = [run.finished for run in seeds]
         job = results[0]
-        learners, accuracies = points.setdefault(arm(job["classifier"], job["mask"]), ([], []))
-        learners.append(f"{job['method']} {job['buffer'] or ''}")
-        accuracies.append(100 * np.mean([result["class_il"] for result in results]))
+        learner = f"{job['method']} {job['buffer'] or ''}"
+        accuracies = [100 * result["class_il"] for result in results]
+        bars.setdefault(arm(job["classifier"], job["mask"]), {})[learner] = accuracies
         matrices[name] = 100 * np.mean([result["matrix_class_il"] for result in results], axis=0)
         energy[name] = 100 * seeds[0].load_features()["energy"]
 
-    style = {name: {**STYLE[name], "linestyle": "none"} for name in points}
-    curves(folder / "class_il.png", points, style, ylabel="class-IL accuracy (%)", ylim=(0, 100))
+    draw_bars(folder / "class_il.png", bars)
 
     streams = {name: R for name, R in matrices.items() if len(R) > 1}  # joint has one row, and no past
     if streams:
@@ -784,6 +785,22 @@ def draw_figures(folder: Path, runs: list[Run]) -> None:
     label = "share of the features' squared norm (%)"
     path = folder / "feature_energy.png"
     heat_maps(path, energy, label=label, limits=(0, 100), diverging=False, **axes)
+
+
+def draw_bars(path: Path, bars: dict[str, dict[str, list[float]]]) -> None:
+    """Class-IL of each learner, a bar for each classifier with and without mask; mean and std over seeds."""
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    plot = figure.subplots()
+    learners = list(dict.fromkeys(learner for found in bars.values() for learner in found))
+    width = 0.8 / len(bars)
+    for i, (name, found) in enumerate(bars.items()):
+        x = [learners.index(learner) + (i + 0.5) * width - 0.4 for learner in found]
+        mean = [np.mean(values) for values in found.values()]
+        std = [np.std(values, ddof=1) if len(values) > 1 else 0 for values in found.values()]
+        plot.bar(x, mean, width, yerr=std, color=STYLE[name]["color"], label=name)
+    plot.set(xticks=range(len(learners)), xticklabels=learners, ylabel="class-IL accuracy (%)", ylim=(0, 100))
+    figure.legend(loc="outside right upper", frameon=False)
+    save_figure(path, figure)
 
 
 def print_results(runs: list[Run], folder: Path) -> None:
