@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import common
 import etf_dr as script
-from common import load_dataset, long_tail_counts, split_evenly
+from common import cut_for_dry_run, load_dataset, long_tail_counts, split_evenly
 
 ROOT = Path(script.__file__).resolve().parent
 
@@ -350,6 +350,31 @@ def test_each_flag_changes_what_it_should(tmp_path, no_figures):
     assert np.array_equal(dr, weights("etf+dr", "--reweight", "on", "--normalise", "on"))
     assert not np.array_equal(ce, weights("ce", "--reweight", "on"))
     assert np.array_equal(ce, weights("ce", "--class-length", "off"))
+
+
+@pytest.mark.parametrize("name, flags", [
+    ("ce", []), ("ce+mixup", ["--normalise", "on", "--E-W", "4"]), ("etf+dr", ["--E-W", "9"]),
+])  # fmt: skip
+def test_features_reproduce_the_logits_of_every_head(name, flags, tmp_path, no_figures):
+    """features.npz holds W at the length that the loss sees: h W^T is the network's own logit."""
+    script.main(["--method", name, "--dry-run", "--precision", "fp32", "--out", str(tmp_path), *flags])
+    folder = tmp_path / "dry-run" / "etf_dr" / "digitslt" / name / "seed0"
+    result, _, arrays, state = files(folder)
+    args = script.parse(["--method", name, *flags])
+    data = cut_for_dry_run(load_dataset("digitslt"), args.batch_size)
+    model = script.build_model(args, script.METHODS[name], data)
+    model.load_state_dict(state)
+    model.eval()
+    x = ((data.test_x / 255 - data.mean) / data.std).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        h = model["classifier"].bn(model["network"](x))
+        W = model["classifier"].W.detach()
+        if name != "ce":
+            h = h / h.norm(dim=1, keepdim=True)
+            W = float(flags[-1]) ** 0.5 * W / W.norm(dim=1, keepdim=True)
+    z = arrays["test_h"] @ arrays["W"].T
+    np.testing.assert_allclose(z, h @ W.T, rtol=1e-3, atol=1e-4)
+    assert (z.argmax(1) == arrays["test_y"]).mean() == pytest.approx(result["accuracy"])
 
 
 def test_dry_run_as_a_user_starts_it(tmp_path):
