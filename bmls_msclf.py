@@ -80,8 +80,8 @@ class InstanceSampler:
 class BalancedMixedLabelSampler:
     """BMLS: every pair of classes comes equally often. Reconstructed from the thesis abstract.
 
-    A sweep deals every pair of classes once, in shuffled order, and then the next sweep begins. The queue
-    is carried from epoch to epoch, so after any number of draws two pairs' counts differ by at most one.
+    A sweep deals every pair of classes once, in shuffled order; then the next sweep begins. What is left of a
+    sweep is carried to the next epoch, so after any number of draws two pairs' counts differ by at most one.
     Within a class images come in shuffled cycles: none comes again before every other one has come.
 
     y (N,) labels, K classes. pairs: `unordered` i <= j, K(K+1)/2 of them, same-class pairs included (ours);
@@ -100,63 +100,55 @@ class BalancedMixedLabelSampler:
         if pairs == "ordered":
             self.pairs = torch.cartesian_prod(torch.arange(K), torch.arange(K))  # (M, 2)
         else:
-            self.pairs = torch.triu_indices(K, K, offset=int(pairs == "distinct")).T.contiguous()  # (M, 2)
-        self.queue = torch.empty(0, dtype=torch.long)  # what is left of the sweep
-        self.images = torch.argsort(y, stable=True)  # (N,): class after class, each block a cycle
-        self.ends = n.cumsum(0)  # (K,)
-        self.position = self.ends.clone()  # (K,): every cycle is used up, so the first draw shuffles it
+            self.pairs = torch.triu_indices(K, K, offset=int(pairs == "distinct")).T  # (M, 2)
+        self.sweep = self.pairs[:0]  # what is left of the sweep
+        self.cycles = list(torch.argsort(y, stable=True).split(n.tolist()))  # the images of each class
+        self.left = [cycle[:0] for cycle in self.cycles]  # what is left of each cycle
 
     def draw(self, T: int) -> Tensor:
         """Image numbers of the next T mixed samples, (T, 2)."""
         labels = self.draw_labels(T)
-        return self.take_images(labels.flatten()).view(T, 2)
+        images = torch.empty_like(labels)
+        for k in range(len(self.cycles)):
+            places = labels == k  # (T, 2)
+            images[places] = self.next_images(k, int(places.sum()))
+        return images
 
     def draw_labels(self, T: int) -> Tensor:
         """Classes of the next T mixed samples, (T, 2)."""
-        while len(self.queue) < T:
-            sweep = torch.randperm(len(self.pairs), generator=self.generator)
-            self.queue = torch.cat([self.queue, sweep])
-        labels = self.pairs[self.queue[:T]]
-        self.queue = self.queue[T:].clone()
+        while len(self.sweep) < T:
+            order = torch.randperm(len(self.pairs), generator=self.generator)
+            self.sweep = torch.cat([self.sweep, self.pairs[order]])
+        labels, self.sweep = self.sweep[:T], self.sweep[T:]
         if self.toss:  # a batch shares lam: a coin decides who gets lam and who 1 - lam, not i < j
             swap = torch.rand(T, 1, generator=self.generator) < 0.5
             labels = torch.where(swap, labels.flip(1), labels)
         return labels
 
-    def take_images(self, labels: Tensor) -> Tensor:
-        """The next image of each class in labels (T,), from its cycle: image numbers (T,)."""
-        drawn = torch.empty_like(labels)
-        wanted = torch.bincount(labels, minlength=len(self.ends))
-        by_class = torch.argsort(labels, stable=True).split(wanted.tolist())
-        for k, places in enumerate(by_class):
-            start = int(self.ends[k - 1]) if k else 0
-            end = int(self.ends[k])
-            while len(places):
-                if self.position[k] == end:  # used up: shuffle the class and begin again
-                    order = torch.randperm(end - start, generator=self.generator)
-                    self.images[start:end] = self.images[start:end][order]
-                    self.position[k] = start
-                at = int(self.position[k])
-                n = min(len(places), end - at)
-                drawn[places[:n]] = self.images[at : at + n]
-                self.position[k] += n
-                places = places[n:]
-        return drawn
+    def next_images(self, k: int, n: int) -> Tensor:
+        """The next n images of class k, (n,)."""
+        while len(self.left[k]) < n:
+            order = torch.randperm(len(self.cycles[k]), generator=self.generator)
+            self.cycles[k] = self.cycles[k][order]
+            self.left[k] = torch.cat([self.left[k], self.cycles[k]])
+        images, self.left[k] = self.left[k][:n], self.left[k][n:]
+        return images
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"queue": self.queue, "images": self.images.clone(), "position": self.position.clone()}
+    def state_dict(self) -> dict:
+        left = [images.clone() for images in self.left]  # as a view, all that it is part of would be saved
+        return {"sweep": self.sweep.clone(), "cycles": list(self.cycles), "left": left}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.queue = state["queue"]
-        self.images = state["images"]
-        self.position = state["position"]
+    def load_state_dict(self, state: dict) -> None:
+        self.sweep = state["sweep"]
+        self.cycles = state["cycles"]
+        self.left = state["left"]
 
 
 class ClassBalancedSampler(BalancedMixedLabelSampler):
     """Two class-balanced draws: (i, j) has probability 1 / K^2, exact in expectation only."""
 
     def draw_labels(self, T: int) -> Tensor:
-        return torch.randint(len(self.ends), (T, 2), generator=self.generator)
+        return torch.randint(len(self.cycles), (T, 2), generator=self.generator)
 
 
 def mixup_loss(z: Tensor, a: Tensor, b: Tensor, lam: Tensor) -> Tensor:
