@@ -277,7 +277,7 @@ from common import (
 # What is left is a matrix problem, convex in Z = W H^T, and its collapse has exact thresholds.
 
 
-def layer_peeled(K: int, labels: tuple, reg: float, seed: int = 0) -> tuple[Tensor, Tensor]:
+def layer_peeled(K: int, labels: tuple, reg: float) -> tuple[Tensor, Tensor]:
     """Optimal classifier W (K, d) and features H (S, d), d = K: one free feature per (mixed) label.
 
     labels: classes a (S,), b (S,), their lam (S,), and probabilities (S,) that sum to 1. lam_W = lam_H =
@@ -294,116 +294,121 @@ def layer_peeled(K: int, labels: tuple, reg: float, seed: int = 0) -> tuple[Tens
         ce = -(p * q * F.log_softmax(H @ W.T, 1)).sum()  # (S, d) @ (d, K) -> (S, K)
         return ce + math.sqrt(reg) / 2 * (W.square().sum() + G.square().sum())
 
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     W, H = (torch.randn(n, K, generator=generator, dtype=torch.float64) / 2 for n in (K, len(q)))
     W, G = minimise(loss, W, H * p.sqrt())
     return W, G / p.sqrt()
 
 
-def mixed_label_probability(n, sampler: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Classes a, b and probability of each ordered class pair, three (K*K,) arrays; n (K,) images per class.
+def mixed_labels(n, sampler: str, alpha: float = 1.0) -> tuple:
+    """(a, b, lam, probability), each (3 K^2,): class pairs times Gauss nodes of lam ~ Beta(alpha, alpha).
 
-    instance: both images from the pool. class: both classes uniform. balanced: BMLS with unordered pairs.
+    n (K,) images per class. instance: both images from the pool. class: both classes uniform. balanced: BMLS.
     """
     K = len(n)
     share = np.asarray(n) / np.sum(n)
     a, b = (v.ravel() for v in np.mgrid[:K, :K])
-    if sampler == "instance":
-        return a, b, share[a] * share[b]
-    if sampler == "class":
-        return a, b, np.full(K * K, 1 / K**2)
-    # M = K (K + 1) / 2 labels; a cross label is met in two orders, each with half of its share
-    return a, b, np.where(a == b, 2, 1) / (K * (K + 1))
-
-
-def mixed_labels(n, sampler: str, alpha: float = 1.0) -> tuple:
-    """(a, b, lam, probability), each (3 K^2,): class pairs times Gauss nodes for lam ~ Beta(alpha, alpha)."""
-    a, b, p = mixed_label_probability(n, sampler)
+    probability = {
+        "instance": share[a] * share[b],
+        "class": np.full(K * K, 1 / K**2),
+        # K (K + 1) / 2 unordered labels; a cross label comes in two orders, each with half of its share
+        "balanced": np.where(a == b, 2, 1) / (K * (K + 1)),
+    }
     # the thresholds need E[lam^2] only, and 3 nodes integrate every polynomial of degree 5 exactly
     x, weight = roots_jacobi(3, alpha - 1, alpha - 1)
-    lam = np.tile((1 + x) / 2, len(a))
-    return a.repeat(3), b.repeat(3), lam, p.repeat(3) * np.tile(weight / weight.sum(), len(a))
+    lam = np.tile((1 + x) / 2, K * K)
+    p = probability[sampler].repeat(3) * np.tile(weight / weight.sum(), K * K)
+    return a.repeat(3), b.repeat(3), lam, p
+
+
+def rare_cosine(sampler: str, times: float) -> float:
+    """Mean cosine of the class vectors of five rare classes among ten, at n_B / N = times * lam_W lam_H."""
+    reg = 0.02  # lam_W lam_H
+    share = times * reg
+    n = [1 / 5 - share] * 5 + [share] * 5
+    unmixed = (range(10), range(10), [1.0] * 10, n)
+    W, _ = layer_peeled(10, unmixed if sampler == "ce" else mixed_labels(n, sampler), reg)
+    return mean_pairwise_cosine(W, torch.arange(5, 10))
 
 
 def check_theory(folder: Path) -> dict:
-    """Print the chapter's claims, each against direct optimisation or simulation; draw synthetic.png."""
-    K = 10
-    reg = 0.02  # lam_W lam_H
-    few = torch.arange(5, 10)
+    """Print the chapter's story, each claim against direct optimisation or simulation; draw synthetic.png."""
     claims = Claims()
-
-    def classifier(sampler: str, share: float) -> Tensor:
-        """Optimal W (K, d) where each of five minority classes has `share` = n_B / N of the images."""
-        n = [1 / 5 - share] * 5 + [share] * 5
-        unmixed = (range(K), range(K), [1.0] * K, n)
-        return layer_peeled(K, unmixed if sampler == "ce" else mixed_labels(n, sampler), reg)[0]
-
-    def cosine(sampler: str, times: float) -> float:
-        """Mean cosine of the minority's class vectors at n_B / N = times * lam_W lam_H."""
-        return mean_pairwise_cosine(classifier(sampler, times * reg), few)
-
     # Collapse <=> the contrast between two minority classes is worth at most lam_W lam_H in E[q q^T]:
     #     n_B / N without Mixup;  E[lam^2 + (1-lam)^2] n_B / N = (alpha+1)/(2 alpha+1) n_B / N with it
-    claims.equal("Few enough images: all rare classes share one vector, cosine", 1, cosine("ce", 0.9), 1e-6)
-    edge_ce = locate(lambda times: cosine("ce", times) > 0.99, 0.9, 1.15)
-    claims.equal("They do up to (n_B/N) / (lam_W lam_H) =", 1, edge_ce, 0.01)
-    edge_mixup = locate(lambda times: cosine("instance", times) > 0.99, 1.35, 1.7)
-    claims.equal("Mixup moves this threshold to (2 alpha+1)/(alpha+1) =", 3 / 2, edge_mixup, 0.015)
-    claims.at_most("Between the two, at 1.25, cross-entropy does not: cosine", 0.5, cosine("ce", 1.25))
-    claims.equal("   Mixup does: cosine", 1, cosine("instance", 1.25), 1e-6)
-    simplex = cosine("balanced", 1.25)
+    cosine = rare_cosine("ce", 0.9)
+    claims.equal("Few enough images: all rare classes share one vector, cosine", 1, cosine, 1e-6)
+    edge = locate(lambda times: rare_cosine("ce", times) > 0.99, 0.9, 1.15)
+    claims.equal("They do up to (n_B/N) / (lam_W lam_H) =", 1, edge, 0.01)
+    edge = locate(lambda times: rare_cosine("instance", times) > 0.99, 1.35, 1.7)
+    claims.equal("Mixup moves this threshold to (2 alpha+1)/(alpha+1) =", 3 / 2, edge, 0.015)
+    claims.at_most("Between the two, at 1.25, cross-entropy does not: cosine", 0.5, rare_cosine("ce", 1.25))
+    claims.equal("   Mixup does: cosine", 1, rare_cosine("instance", 1.25), 1e-6)
+    simplex = rare_cosine("balanced", 1.25)
     claims.equal("   balanced mixed labels give a simplex: -1/(K-1)", -1 / 9, simplex, 1e-6)
+    check_samplers(claims)
+    check_losses(claims)
+    draw_thresholds(folder / "synthetic.png")
+    return claims.report(folder / "synthetic.png")
 
-    # How often does a mixed label come?
+
+def check_samplers(claims: Claims) -> None:
+    """How often does a mixed label come?"""
+    K = 10
     generator = torch.Generator().manual_seed(0)
     y = torch.arange(K).repeat_interleave(torch.tensor([1000, 562, 316, 178, 100, 56, 31, 17, 10, 5]))
+    sampler = InstanceSampler(y, K, generator)
+    labels = torch.cat([y[sampler.draw(len(y))] for _ in range(2000)])  # (., 2)
+    zeros, fours = ((labels == k).all(1).sum().item() for k in (0, 4))
+    claims.equal("Mixup: label (0, 0) to label (4, 4), of a class 10 times rarer", 10**2, zeros / fours, 6)
+
     sampler = BalancedMixedLabelSampler(y, K, generator)
-    drawn = torch.zeros(K, K, dtype=torch.long)
+    counts = torch.zeros(K, K, dtype=torch.long)
     worst = 0
     for _ in range(200):  # epochs of 999, no multiple of 55 pairs: each begins in the middle of a sweep
         low, high = y[sampler.draw(999)].sort(1).values.unbind(1)
-        drawn.index_put_((low, high), torch.tensor(1), accumulate=True)
-        counts = drawn[torch.triu_indices(K, K).unbind()]
-        worst = max(worst, int(counts.max() - counts.min()))
+        counts.index_put_((low, high), torch.tensor(1), accumulate=True)
+        drawn = counts[torch.triu_indices(K, K).unbind()]
+        worst = max(worst, int(drawn.max() - drawn.min()))
     claims.at_most("BMLS: most less least often drawn label, after any epoch", 1, worst)
-    pairs = torch.cat([y[InstanceSampler(y, K, generator).draw(len(y))] for _ in range(2000)])
-    same = torch.bincount(pairs[pairs[:, 0] == pairs[:, 1], 0], minlength=K)
-    ratio = int(same[0]) / int(same[4])
-    claims.equal("Mixup: label (0, 0) to label (4, 4), of a class 10 times rarer", 10**2, ratio, 6)
 
-    # Mixed-Singleton losses of one sample (0, 1, lam = 0.7) on a fixed simplex ETF
-    W = simplex_etf(K, K, generator)
+
+def check_losses(claims: Claims) -> None:
+    """Where do the Mixed-Singleton losses send the feature of (0, 1, lam = 0.7) under a fixed simplex ETF?"""
+    generator = torch.Generator().manual_seed(0)
+    W = simplex_etf(10, 10, generator)
     a = torch.tensor([0])
     b = torch.tensor([1])
     lam = torch.tensor([0.7], dtype=torch.float64)
-    start = torch.randn(1, K, generator=generator, dtype=torch.float64)
+    start = torch.randn(1, 10, generator=generator, dtype=torch.float64)
     # inf L = min_t log(1 + e^{-lam t}) + log(1 + e^{(1-lam) t}), t = z_0 - z_1: the others' logits fall away
     floor = minimize_scalar(lambda t: np.logaddexp(0, -0.7 * t) + np.logaddexp(0, 0.3 * t)).fun
     (h,) = minimise(lambda h: ms_raw(h @ W.T, a, b, lam), 0 * start)
     reached = ms_raw(h @ W.T, a, b, lam).item()
     claims.equal("MS raw cannot reach 0: its floor at lam = 0.7", floor, reached, 1e-5)
-    v = F.normalize(0.7 * W[0] + 0.3 * W[1], dim=0)
     (h,) = minimise(lambda h: ms_dot(F.normalize(h), W, a, b, lam), start)
-    reached = (F.normalize(h)[0] @ v).item()
-    claims.equal("MS dot sends the feature to the mixed class vector: cosine", 1, reached, 1e-5)
+    cosine = F.cosine_similarity(h, 0.7 * W[:1] + 0.3 * W[1:2]).item()
+    claims.equal("MS dot sends the feature to the mixed class vector: cosine", 1, cosine, 1e-5)
 
-    # One picture: from which share on does a minority class keep a class vector of its own?
+
+def draw_thresholds(path: Path) -> None:
+    """From which share of the images on does a rare class keep a class vector of its own?"""
+    names = {"ce": "cross-entropy", "instance": "Mixup", "balanced": "balanced mixed labels"}
+    look = styles(names)
     x = [0.5, 0.7, 0.98, 1.04, 1.15, 1.48, 1.57, 1.75, 2.2, 3.2, 5]
     figure = Figure(figsize=(7, 4), layout="constrained")
     plot = figure.subplots()
-    look = styles(["cross-entropy", "Mixup", "balanced mixed labels"])
-    names = {"ce": "cross-entropy", "instance": "Mixup", "balanced": "balanced mixed labels"}
     for sampler, name in names.items():
-        plot.plot(x, [cosine(sampler, times) for times in x], label=name, **look[name])
-    for threshold, name in ((1, "cross-entropy"), (3 / 2, "Mixup")):
-        plot.axvline(threshold, ls="--", color=look[name]["color"], label=f"{name}: predicted threshold")
+        plot.plot(x, [rare_cosine(sampler, times) for times in x], label=name, **look[sampler])
+    for sampler, threshold in (("ce", 1), ("instance", 3 / 2)):
+        label = f"{names[sampler]}: predicted threshold"
+        plot.axvline(threshold, ls="--", color=look[sampler]["color"], label=label)
     plot.set(xscale="log", xlabel="share of one rare class, (n_B / N) / (lam_W lam_H)")
     plot.set(ylabel="mean cosine of the rare classes' vectors")
     plot.set_xticks([0.5, 1, 1.5, 2, 3, 5], ["0.5", "1", "1.5", "2", "3", "5"])
     plot.minorticks_off()
     figure.legend(loc="outside right upper", frameon=False)
-    save_figure(folder / "synthetic.png", figure)
-    return claims.report(folder / "synthetic.png")
+    save_figure(path, figure)
 
 
 # %% [3] Network
