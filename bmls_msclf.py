@@ -2,6 +2,8 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch", "torchvision", "numpy", "matplotlib", "scikit-learn", "tqdm"]
 # ///
+
+# %% [markdown]
 """Minority collapse under Mixup, and two remedies: Balanced Mixed Label Sampler, Mixed-Singleton classifier.
 
 Source: H. Kim, From Theory to Remedy (doctoral thesis, GIST), part 3. Only its abstract is public.
@@ -50,7 +52,11 @@ itself (--pairs distinct), and its loss has no negatives (--ms dot --classifier 
   best of those tested (--eval-every) beside it.
 """
 
-# %% [1] The method. This cell needs nothing else, so that it can be pasted into a notebook
+# %% [markdown]
+# # 1. The method
+# This cell needs nothing else, so that it can be pasted into a notebook.
+
+# %%
 import math
 
 import numpy as np
@@ -235,9 +241,6 @@ import argparse
 from pathlib import Path
 from typing import NamedTuple
 
-from matplotlib.figure import Figure
-from scipy.optimize import minimize_scalar
-from scipy.special import roots_jacobi
 from torch import nn
 
 from common import (
@@ -265,16 +268,18 @@ from common import (
     open_run,
     positive,
     prepare_data,
-    save_figure,
     shot_groups,
     split_evenly,
     styles,
     table,
 )
 
-# %% [2] Theory check: the layer-peeled model
-# The network below the last layer is taken to be so flexible that every (mixed) label has one free feature.
-# What is left is a matrix problem, convex in Z = W H^T, and its collapse has exact thresholds.
+# %% [markdown]
+# # 2. Theory check
+# The layer-peeled model: a network below the last layer so flexible that every (mixed) label has one free
+# feature. What is left is a matrix problem, convex in Z = W H^T, whose collapse has exact thresholds.
+
+# %%
 
 
 def layer_peeled(K: int, labels: tuple, reg: float) -> tuple[Tensor, Tensor]:
@@ -301,7 +306,7 @@ def layer_peeled(K: int, labels: tuple, reg: float) -> tuple[Tensor, Tensor]:
 
 
 def mixed_labels(n, sampler: str, alpha: float = 1.0) -> tuple:
-    """(a, b, lam, probability), each (3 K^2,): class pairs times Gauss nodes of lam ~ Beta(alpha, alpha).
+    """(a, b, lam, probability), each (2 K^2,): class pairs times two values for lam ~ Beta(alpha, alpha).
 
     n (K,) images per class. instance: both images from the pool. class: both classes uniform. balanced: BMLS.
     """
@@ -314,11 +319,10 @@ def mixed_labels(n, sampler: str, alpha: float = 1.0) -> tuple:
         # K (K + 1) / 2 unordered labels; a cross label comes in two orders, each with half of its share
         "balanced": np.where(a == b, 2, 1) / (K * (K + 1)),
     }
-    # the thresholds need E[lam^2] only, and 3 nodes integrate every polynomial of degree 5 exactly
-    x, weight = roots_jacobi(3, alpha - 1, alpha - 1)
-    lam = np.tile((1 + x) / 2, K * K)
-    p = probability[sampler].repeat(3) * np.tile(weight / weight.sum(), K * K)
-    return a.repeat(3), b.repeat(3), lam, p
+    # thresholds need E[lam] and E[lam^2] only: two values of lam, one std beside 1/2, have Beta's
+    std = 1 / math.sqrt(4 * (2 * alpha + 1))
+    lam = np.tile([1 / 2 - std, 1 / 2 + std], K * K)
+    return a.repeat(2), b.repeat(2), lam, probability[sampler].repeat(2) / 2
 
 
 def rare_cosine(sampler: str, times: float) -> float:
@@ -382,7 +386,8 @@ def check_losses(claims: Claims) -> None:
     lam = torch.tensor([0.7], dtype=torch.float64)
     start = torch.randn(1, 10, generator=generator, dtype=torch.float64)
     # inf L = min_t log(1 + e^{-lam t}) + log(1 + e^{(1-lam) t}), t = z_0 - z_1: the others' logits fall away
-    floor = minimize_scalar(lambda t: np.logaddexp(0, -0.7 * t) + np.logaddexp(0, 0.3 * t)).fun
+    t = torch.linspace(-10, 10, 100_001, dtype=torch.float64)
+    floor = (F.softplus(-0.7 * t) + F.softplus(0.3 * t)).min().item()
     (h,) = minimise(lambda h: ms_raw(h @ W.T, a, b, lam), 0 * start)
     reached = ms_raw(h @ W.T, a, b, lam).item()
     claims.equal("MS raw cannot reach 0: its floor at lam = 0.7", floor, reached, 1e-5)
@@ -393,27 +398,22 @@ def check_losses(claims: Claims) -> None:
 
 def draw_thresholds(path: Path) -> None:
     """From which share of the images on does a rare class keep a class vector of its own?"""
+    x = [0.5, 0.7, 0.98, 1.04, 1.15, 1.48, 1.57, 1.75, 2.2, 3.2]
     names = {"ce": "cross-entropy", "instance": "Mixup", "balanced": "balanced mixed labels"}
-    look = styles(names)
-    x = [0.5, 0.7, 0.98, 1.04, 1.15, 1.48, 1.57, 1.75, 2.2, 3.2, 5]
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    plot = figure.subplots()
-    for sampler, name in names.items():
-        plot.plot(x, [rare_cosine(sampler, times) for times in x], label=name, **look[sampler])
-    for sampler, threshold in (("ce", 1), ("instance", 3 / 2)):
-        label = f"{names[sampler]}: predicted threshold"
-        plot.axvline(threshold, ls="--", color=look[sampler]["color"], label=label)
-    plot.set(xscale="log", xlabel="share of one rare class, (n_B / N) / (lam_W lam_H)")
-    plot.set(ylabel="mean cosine of the rare classes' vectors")
-    plot.set_xticks([0.5, 1, 1.5, 2, 3, 5], ["0.5", "1", "1.5", "2", "3", "5"])
-    plot.minorticks_off()
-    figure.legend(loc="outside right upper", frameon=False)
-    save_figure(path, figure)
+    style = styles(names.values())
+    points = {name: (x, [rare_cosine(sampler, times) for times in x]) for sampler, name in names.items()}
+    for name, edge in (("cross-entropy", 1), ("Mixup", 3 / 2)):
+        points[f"{name}: predicted"] = [edge, edge], [-0.2, 1.05]
+        style[f"{name}: predicted"] = {"color": style[name]["color"], "ls": "--"}
+    axes = {"xlabel": "share of one rare class, (n_B / N) / (lam_W lam_H)"}
+    curves(path, points, style, ylabel="mean cosine of the rare classes' vectors", **axes)
 
 
-# %% [3] Network
+# %% [markdown]
+# # 3. Network
 
 
+# %%
 # [copied: resnet32]
 class Block(nn.Module):
     """Two 3x3 convolutions and a parameter-free shortcut: stride by slicing, new channels zero (option A)."""
@@ -493,15 +493,15 @@ NETWORKS = {"resnet32": ResNet32, "cnn": SmallCNN}
 class Classifier(nn.Module):
     """Class vectors W (K, d), learnable or a fixed simplex ETF, without bias. Always in float32.
 
-    head `linear`: logits z = h W^T. head `cosine`: BatchNorm1d, then h and W at unit length, z = scale * cos;
+    cosine False: logits z = h W^T. True: BatchNorm1d, then h and W at unit length, z = scale * cos;
     BatchNorm comes first since features behind a ReLU fill one orthant only, and class vectors need them all.
     """
 
-    def __init__(self, K: int, d: int, head: str, fixed: bool, scale: float):
+    def __init__(self, K: int, d: int, cosine: bool, fixed: bool, scale: float):
         super().__init__()
-        self.cosine = head == "cosine"
-        self.scale = scale if self.cosine else 1.0
-        self.bn = nn.BatchNorm1d(d) if self.cosine else nn.Identity()
+        self.cosine = cosine
+        self.scale = scale if cosine else 1.0
+        self.bn = nn.BatchNorm1d(d) if cosine else nn.Identity()
         if fixed:
             W = simplex_etf(K, d).float()
         else:
@@ -523,16 +523,19 @@ def build_model(args: argparse.Namespace, method: "Method", data: Dataset) -> nn
     K = len(data.classes)
     network = NETWORKS[args.net](data.train_x.shape[3], args.width)
     fixed = args.classifier == "etf"
-    needs_cosine = fixed or (method.loss == "ms" and args.ms != "raw")
     if fixed and network.d < K - 1:
         raise UserError(f"--classifier etf: {K} classes need {K - 1} feature dimensions, not {network.d}")
-    classifier = Classifier(K, network.d, "cosine" if needs_cosine else "linear", fixed, args.scale)
+    cosine = fixed or (method.loss == "ms" and args.ms != "raw")
+    classifier = Classifier(K, network.d, cosine, fixed, args.scale)
     return nn.ModuleDict({"network": network, "classifier": classifier})
 
 
-# %% [4] Training
+# %% [markdown]
+# # 4. Training
+# A method is a sampler of pairs, a loss, and whether the two images of a pair are mixed.
 
 
+# %%
 class Method(NamedTuple):
     sampler: str  # a key of SAMPLERS
     loss: str  # a key of LOSSES; `ms` is the one that --ms names
@@ -577,11 +580,7 @@ def learning_rate(epoch: int, args: argparse.Namespace) -> float:
     """Warm-up to epoch 5 of 200, then --lr, a tenth of it after 160, a hundredth after 180; in proportion."""
     warmup = max(1, round(args.epochs * 5 / 200))
     done = (epoch + 1) / args.epochs
-    drop = 1.0
-    if done > 0.8:
-        drop = 0.1
-    if done > 0.9:
-        drop = 0.01
+    drop = (1.0, 0.1, 0.01)[(done > 0.8) + (done > 0.9)]
     return args.lr * min(1, (epoch + 1) / warmup) * drop
 
 
@@ -641,97 +640,96 @@ def train(args: argparse.Namespace, name: str, seed: int, data: Dataset, run: Ru
     return measure(model, data, run)
 
 
-# %% [5] Results
+# %% [markdown]
+# # 5. Results
 
 
+# %%
 @torch.no_grad()
 def embed(model: nn.ModuleDict, images: Tensor, data: Dataset, run: Run) -> tuple[Tensor, Tensor]:
-    """Features h (N, d) as the classifier sees them, and logits z (N, K), of every image in order."""
+    """Features h (N, d) of every image in order, unaugmented, and W (K, d); the logits are h W^T."""
     model.eval()
-    hs, zs = [], []
-    loader = Batches(images, data.mean, data.std, device=run.device)
-    for _, x in loader.epoch(torch.arange(len(images)), 1000):
+    hs = []
+    for _, x in Batches(images, data.mean, data.std, device=run.device).all():
         with run.autocast():
             h = model["network"](x)
-        h, _, z = model["classifier"](h)
+        h, W, _ = model["classifier"](h)
         hs.append(h)
-        zs.append(z)
     where = metric_device(run.device)
-    return torch.cat(hs).to(where), torch.cat(zs).to(where)
+    return torch.cat(hs).to(where), (model["classifier"].scale * W).to(where)
+
+
+# [copied: accuracies]
+def accuracies(z: Tensor, y: Tensor, counts: Tensor) -> dict:
+    """Accuracy of logits z (N, K): overall, by class size, per class; counts (K,): training images."""
+    prediction = z.argmax(1)
+    per_class = accuracy_per_class(prediction, y, len(counts))
+    groups, rule = shot_groups(counts)
+    return {
+        "accuracy": float((prediction == y).double().mean()),
+        **{group: float(per_class[members].nanmean()) for group, members in groups.items()},
+        "rule": rule,
+        "per_class": per_class.tolist(),
+    }
+
+
+# [end copied]
 
 
 def test(model: nn.ModuleDict, data: Dataset, run: Run) -> dict[str, float]:
     """Test accuracy, overall and by class size, and how far the rare classes' vectors have collapsed."""
-    _, z = embed(model, data.test_x, data, run)
-    prediction = z.argmax(1).cpu()
-    per_class = accuracy_per_class(prediction, data.test_y, len(data.classes))
-    groups, _ = shot_groups(data.counts)
-    W = model["classifier"].W.detach().cpu()
-    return {
-        "accuracy": float((prediction == data.test_y).double().mean()),
-        **{group: float(per_class[members].mean()) for group, members in groups.items()},
-        "minority_cosine_W": mean_pairwise_cosine(W, groups["few"]),
-    }
+    h, W = embed(model, data.test_x, data, run)
+    counts = data.counts.to(h.device)
+    found = accuracies(h @ W.T, data.test_y.to(h.device), counts)
+    found["minority_cosine_W"] = mean_pairwise_cosine(W, shot_groups(counts)[0]["few"])
+    return {key: found[key] for key in ("accuracy", "many", "medium", "few", "minority_cosine_W")}
 
 
-@torch.no_grad()
 def measure(model: nn.ModuleDict, data: Dataset, run: Run) -> dict:
-    """Everything that is measured after training, on all images; writes features.npz. z = h W^T exactly."""
-    train_h, train_z = embed(model, data.train_x, data, run)
-    test_h, test_z = embed(model, data.test_x, data, run)
-    train_y = data.train_y.to(train_h.device)
-    test_y = data.test_y.to(test_h.device)
-    _, W, _ = model["classifier"](torch.zeros(1, model["network"].d, device=run.device))
-    W = (model["classifier"].scale * W).to(train_h.device)
+    """Everything that is measured after training, on all images; writes features.npz, where z = h W^T."""
+    train_h, W = embed(model, data.train_x, data, run)
+    test_h, _ = embed(model, data.test_x, data, run)
+    train_y = data.train_y.to(W.device)
+    test_y = data.test_y.to(W.device)
+    counts = data.counts.to(W.device)
+    z = test_h @ W.T
+    fitted = (train_h @ W.T).argmax(1)
     run.save_features(train_h=train_h, train_y=train_y, test_h=test_h, test_y=test_y, W=W)
-    groups, rule = shot_groups(data.counts.to(train_h.device))
-    per_class = accuracy_per_class(test_z.argmax(1), test_y, len(W))
     return {
-        "accuracy": float((test_z.argmax(1) == test_y).double().mean()),
-        **{group: float(per_class[members].mean()) for group, members in groups.items()},
-        "rule": rule,
-        "ece": expected_calibration_error(test_z.softmax(1), test_y),
-        "train_accuracy": float((train_z.argmax(1) == train_y).double().mean()),
-        **collapse_metrics(train_h, train_y, W, train_z.argmax(1), groups["few"]),
+        **accuracies(z, test_y, counts),
+        "ece": expected_calibration_error(z.softmax(1), test_y),
+        "train_accuracy": float((fitted == train_y).double().mean()),
+        **collapse_metrics(train_h, train_y, W, fitted, shot_groups(counts)[0]["few"]),
         "heads": heads(train_h, train_y, test_h, test_y, W),
-        "per_class": per_class.tolist(),
-        "counts": data.counts.tolist(),
+        "counts": counts.tolist(),
     }
 
 
 def draw_figures(folder: Path, runs: list[Run]) -> None:
     """Three figures of finished runs, methods side by side; means over seeds, heat maps of the first seed."""
-    by_method = {name: [run for run in runs if run.name == name] for name in METHODS}
-    by_method = {name: found for name, found in by_method.items() if found}
-    style = styles(METHODS)
-
-    def tested(run: Run, key: str) -> list[float]:
-        return [line[key] for line in run.history if key in line]
-
-    points = {}
-    for name, found in by_method.items():
-        cosine = np.mean([tested(run, "minority_cosine_W") for run in found], axis=0)
-        points[name] = [line["epoch"] for line in found[0].history if "accuracy" in line], cosine
-    axes = {"xlabel": "epoch", "ylabel": "mean cosine of the rare classes' vectors"}
-    curves(folder / "minority_cosine.png", points, style, **axes)
-
     n = np.array(runs[0].finished["counts"])
     order = np.argsort(-n, kind="stable")  # largest class first
-    maps = {}
-    for name, found in by_method.items():
-        cosine = cosines(torch.from_numpy(found[0].load_features()["W"])).numpy()
-        np.fill_diagonal(cosine, np.nan)
-        maps[name] = cosine[np.ix_(order, order)]
+    groups = np.array_split(order, min(10, len(order)))  # ten groups of classes, also for 100 classes
+    over_epochs, maps, by_class = {}, {}, {}
+    for name in METHODS:
+        found = [run for run in runs if run.name == name]
+        if not found:
+            continue
+        tested = [[line for line in run.history if "accuracy" in line] for run in found]
+        cosine = np.mean([[line["minority_cosine_W"] for line in lines] for lines in tested], axis=0)
+        over_epochs[name] = [line["epoch"] for line in tested[0]], cosine
+        maps[name] = cosines(torch.from_numpy(found[0].load_features()["W"][order])).numpy()
+        np.fill_diagonal(maps[name], np.nan)
+        accuracy = 100 * np.mean([run.finished["per_class"] for run in found], axis=0)
+        by_class[name] = [n[g].mean() for g in groups], [np.nanmean(accuracy[g]) for g in groups]
+
+    style = styles(METHODS)
+    axes = {"xlabel": "epoch", "ylabel": "mean cosine of the rare classes' vectors"}
+    curves(folder / "minority_cosine.png", over_epochs, style, **axes)
     axes = {"xlabel": "class, largest first", "ylabel": "class, largest first"}
     heat_maps(folder / "class_vectors.png", maps, label="cosine", limits=(-1, 1), diverging=True, **axes)
-
-    groups = np.array_split(order, min(10, len(order)))  # ten groups of classes, also for 100 classes
-    points = {}
-    for name, found in by_method.items():
-        accuracy = 100 * np.mean([run.finished["per_class"] for run in found], axis=0)
-        points[name] = [n[g].mean() for g in groups], [np.nanmean(accuracy[g]) for g in groups]
     axes = {"xlabel": "training images of the class", "ylabel": "test accuracy (%)", "xscale": "log"}
-    curves(folder / "accuracy_by_class.png", points, style, **axes)
+    curves(folder / "accuracy_by_class.png", by_class, style, **axes)
 
 
 def print_results(runs: list[Run], folder: Path) -> None:
@@ -762,9 +760,11 @@ cos few: mean cosine of the few's class vectors; 1: minority collapse, -1/(K-1):
   accuracy_by_class.png  what it costs: accuracy by class size""")
 
 
-# %% [6] Command line
+# %% [markdown]
+# # 6. Command line
 
 
+# %%
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, with every default filled in. Raises UserError."""
     about = {name: method.about for name, method in METHODS.items()}
