@@ -2,6 +2,8 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch", "torchvision", "numpy", "matplotlib", "scikit-learn", "tqdm"]
 # ///
+
+# %% [markdown]
 """Minority collapse of a learnable classifier, and a remedy: fixed simplex-ETF class vectors, dot-regression.
 
 Source: Y. Yang, S. Chen, X. Li, L. Xie, Z. Lin, D. Tao, Inducing Neural Collapse in Imbalanced Learning: Do
@@ -35,13 +37,13 @@ PAPER, RELEASED CODE AND THIS FILE
   the batch. That is inverse-frequency weighting of the samples (derived below), and the cross-entropy it is
   compared with has none. --class-length off takes the weights from dot-regression, --reweight on gives them
   to cross-entropy.
-- The released learnable classifier is frozen at its random start (requires_grad is False). Ours learns. It
-  has no bias; --normalise on gives it the BatchNorm and the lengths of the ETF methods.
+- The released learnable classifier is frozen at its random start (requires_grad is False). Ours learns, on
+  the features as they are, without bias.
 - With unit vectors and K classes ETF + CE cannot be surer than p = .25 (K = 10) or .03 (K = 100). That is
   what was released; --E-W 256 is a temperature of 16.
 - Faster convergence of DR (claimed with the paper's Theorem 2, whose wording we do not have) is a matter of
-  E = sqrt(E_W E_H) and of the angle, as --synthetic shows: in gradient flow at the released E = 1
-  cross-entropy is the faster one, and in the end it always is.
+  E = sqrt(E_W E_H) and of the angle: from far away and at E = 10 it is the faster one, at the released E = 1
+  it is not, and in the end, where its gradient fades as the angle cubed, never (tests/test_etf_dr_theory.py).
 - Mixup: a batch with a permutation of itself, one lam ~ Beta(alpha, alpha) per batch, the two losses mixed,
   class lengths from the unmixed labels, as released. Here both images of a pair have a crop of their own.
 - Schedule, augmentation, weight decay (on BatchNorm too) and width (doubled for CIFAR-100) are the released
@@ -57,7 +59,11 @@ PAPER, RELEASED CODE AND THIS FILE
   features at unit length, where it has BatchNorm and a penalty on the norm; crop and flip, no colour jitter.
 """
 
-# %% [1] The method. This cell needs nothing else, so that it can be pasted into a notebook
+# %% [markdown]
+# # 1. The method
+# This cell needs nothing else, so that it can be pasted into a notebook.
+
+# %%
 import math
 
 import torch
@@ -158,7 +164,6 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
-from scipy.integrate import solve_ivp
 from torch import nn
 
 from common import (
@@ -193,8 +198,11 @@ from common import (
     table,
 )
 
-# %% [2] Theory check: the layer-peeled model
-# The network below the last layer is taken to be so flexible that every sample has a free feature.
+# %% [markdown]
+# # 2. Theory check
+# The layer-peeled model: a network below the last layer so flexible that every sample has a free feature.
+
+# %%
 
 
 def learnable_optimum(counts, E_W: float, E_H: float) -> tuple[Tensor, Tensor]:
@@ -224,8 +232,7 @@ def fixed_optimum(loss, W: Tensor, y: Tensor, E_H: float) -> Tensor:
     Searched in the whole ball ||h||^2 <= E_H, from random points inside: beyond it G is pulled back.
     """
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(len(y), W.shape[1], generator=generator, dtype=torch.float64)
-    start = F.normalize(start) * torch.rand(len(y), 1, generator=generator, dtype=torch.float64)
+    start = torch.randn(len(y), W.shape[1], generator=generator, dtype=torch.float64) / 10
 
     def ball(G):
         return math.sqrt(E_H) * G / G.norm(dim=1, keepdim=True).clamp_min(1)
@@ -239,32 +246,6 @@ def optimal_loss(K: int, E: float) -> float:
     """Theorem 1: least CE under a fixed ETF, E = sqrt(E_W E_H), whatever the class counts."""
     # at h = sqrt(E_H/E_W) w_y: h . w_k = E (K/(K-1) [k = y] - 1/(K-1))
     return math.log1p((K - 1) * math.exp(-E * K / (K - 1)))
-
-
-def dr_time(theta: float, K: int) -> float:
-    """When gradient flow of dot-regression on the sphere has closed the angle from another class to theta.
-
-    For E_W = E_H = E, whatever E; derived here. In the end theta = 1 / sqrt(t).
-    """
-
-    # u = cos theta: du/dt = (1 - u)^2 (1 + u), whose integral is elementary
-    def clock(v):  # v = 1 - cos theta; 1 - u would lose a small angle's digits
-        return 1 / (2 * v) + math.log((2 - v) / v) / 4
-
-    return clock(2 * math.sin(theta / 2) ** 2) - clock(K / (K - 1))
-
-
-def angle_after(gradient, W: Tensor, time: float) -> float:
-    """Angle to W[0] of a feature that follows -gradient(h, W, y), (1, d), on the sphere, from W[1] on."""
-    own = torch.tensor([0])
-
-    def velocity(t, h):  # the tangential part of -gradient
-        v = -gradient(torch.from_numpy(h)[None], W, own)[0].numpy()
-        return v - (v @ h) / (h @ h) * h
-
-    h = solve_ivp(velocity, (0, time), W[1].numpy(), method="LSODA", rtol=1e-9, atol=1e-13).y[:, -1]
-    axis = F.normalize(W[0], dim=0).numpy()
-    return math.atan2(np.linalg.norm(h - (h @ axis) * axis), h @ axis)  # right down to rounding
 
 
 def check_theory(folder: Path) -> dict:
@@ -313,23 +294,11 @@ def check_theory(folder: Path) -> dict:
     worst = max(error.abs().max().item() for error in errors)
     claims.equal("CE is pull + push, dot-regression a pull: largest error of dL/dh", 0, worst, 1e-14)
 
-    # Which one is faster? One feature on the sphere, from the direction of another class
-    W = simplex_etf(K, K, generator)
-    time = dr_time(0.1, K)
-    angle = angle_after(dr_feature_gradient, W, time)
-    claims.equal(f"The angle of dot-regression at t = {time:.1f}, whatever E", 0.1, angle, 1e-6)
-
-    def ce(h, W, y):
-        return sum(ce_feature_gradient(h, W, y))
-
-    angle = angle_after(ce, W, time)
-    claims.at_most("   cross-entropy's by then, at E = 1: it is the faster one", 1e-6, angle)
-    angle = angle_after(ce, math.sqrt(10) * W, time)  # E_W = E_H = 10
-    claims.at_least("   and at E = 10: it is the slower one", 0.1, angle)
-
     # lam = 1/2: the best h has cosine sqrt((K-2) / (2 (K-1))) with both class vectors
     pair = torch.tensor([0, 1])
     floor = (1 - math.sqrt((K - 2) / (2 * (K - 1)))) ** 2 / 2
+
+    W = F.normalize(W)
 
     def mixed(x):
         return dot_regression_loss(F.normalize(x).expand(2, -1), W, pair)
@@ -372,9 +341,11 @@ def draw_simplex(path: Path) -> None:
     save_figure(path, figure)
 
 
-# %% [3] Network
+# %% [markdown]
+# # 3. Network
 
 
+# %%
 # [copied: resnet32]
 class Block(nn.Module):
     """Two 3x3 convolutions and a parameter-free shortcut: stride by slicing, new channels zero (option A)."""
@@ -452,16 +423,16 @@ class SmallCNN(nn.Module):
 class Classifier(nn.Module):
     """Class vectors W (K, d) without bias, learnable or a fixed simplex ETF. Always in float32.
 
-    unit False: logits h W^T of the pooled features as they are, the usual last layer.
-    unit True: BatchNorm1d, then ||h|| = 1 and ||w_k||^2 = E_W. Behind a ReLU features fill one orthant only,
-    and an ETF's vectors point everywhere. No temperature but E_W, and no bias, as released.
+    Learnable: logits h W^T of the pooled features as they are, the usual last layer.
+    Fixed: BatchNorm1d, then ||h|| = 1 and ||w_k||^2 = E_W. Behind a ReLU features fill one orthant only, and
+    an ETF's vectors point everywhere. No temperature but E_W, and no bias, as released.
     """
 
-    def __init__(self, K: int, d: int, fixed: bool, unit: bool, E_W: float):
+    def __init__(self, K: int, d: int, fixed: bool, E_W: float):
         super().__init__()
-        self.unit = unit
+        self.fixed = fixed
         self.length = math.sqrt(E_W)
-        self.bn = nn.BatchNorm1d(d) if unit else nn.Identity()
+        self.bn = nn.BatchNorm1d(d) if fixed else nn.Identity()
         if fixed:
             W = simplex_etf(K, d).float()
         else:
@@ -472,7 +443,7 @@ class Classifier(nn.Module):
         """h (B, d) from the network -> h (B, d) and W (K, d) as the loss sees them; logits are h W^T."""
         h = self.bn(h.float())
         W = self.W
-        if self.unit:
+        if self.fixed:
             h = F.normalize(h, dim=1)
             W = self.length * F.normalize(W, dim=1)
         return h, W
@@ -492,30 +463,25 @@ NETWORKS = {"resnet32": ResNet32, "cnn": SmallCNN, "resnet50": resnet50}
 
 
 def build_model(args: argparse.Namespace, method: "Method", data: Dataset) -> nn.ModuleDict:
-    """Network and classifier; --project puts one more layer between them. Raises UserError for d < K - 1."""
+    """Network and classifier. Raises UserError for d < K - 1, and for resnet50 without colour."""
     K = len(data.classes)
     channels = data.train_x.shape[3]
     if args.net == "resnet50" and channels != 3:
         raise UserError(f"--net resnet50: expects 3 colour channels, not {channels}; take another network")
     network = NETWORKS[args.net](channels, args.width)
-    if args.project:
-        # with a ReLU, since a linear map of 64 features would still fill 64 dimensions only
-        d = network.d
-        network = nn.Sequential(network, nn.Linear(d, args.project), nn.ReLU())
-        network.d = args.project
     if method.fixed and network.d < K - 1:
-        raise UserError(
-            f"--method etf+...: a simplex of {K} classes needs {K - 1} feature dimensions, the network has "
-            f"{network.d}; take a larger --width, or --project {K}"
-        )
-    unit = method.fixed or args.normalise == "on"
-    classifier = Classifier(K, network.d, method.fixed, unit, args.E_W)
+        needed = f"a simplex of {K} classes needs {K - 1} feature dimensions, not {network.d}"
+        raise UserError(f"--method etf+...: {needed}; take a larger --width")
+    classifier = Classifier(K, network.d, method.fixed, args.E_W)
     return nn.ModuleDict({"network": network, "classifier": classifier})
 
 
-# %% [4] Training
+# %% [markdown]
+# # 4. Training
+# A method is a classifier, fixed or learnable, a loss, and whether images are mixed.
 
 
+# %%
 class Method(NamedTuple):
     fixed: bool  # simplex ETF, or a learnable classifier
     loss: str  # a key of LOSSES
@@ -550,11 +516,7 @@ def learning_rate(epoch: int, args: argparse.Namespace) -> float:
     """Warm-up to epoch 5 of 200, then --lr, a tenth of it after 160, a hundredth after 180; in proportion."""
     warmup = max(1, round(args.epochs * 5 / 200))
     done = (epoch + 1) / args.epochs
-    drop = 1.0
-    if done > 0.8:
-        drop = 0.1
-    if done > 0.9:
-        drop = 0.01
+    drop = (1.0, 0.1, 0.01)[(done > 0.8) + (done > 0.9)]
     return args.lr * min(1, (epoch + 1) / warmup) * drop
 
 
@@ -633,16 +595,18 @@ def train(args: argparse.Namespace, name: str, seed: int, data: Dataset, run: Ru
     return measure(model, data, run)
 
 
-# %% [5] Results
+# %% [markdown]
+# # 5. Results
 
 
+# %%
 @torch.no_grad()
 def embed(model: nn.ModuleDict, images: Tensor, data: Dataset, run: Run) -> tuple[Tensor, Tensor]:
     """Features h (N, d) of every image in order, unaugmented, and W (K, d), as the loss sees them."""
     model.eval()
     hs = []
     loader = Batches(images, data.mean, data.std, device=run.device)
-    for _, x in loader.epoch(torch.arange(len(images)), 1000 if loader.H < 64 else 100):
+    for _, x in loader.all(1000 if loader.H < 64 else 100):
         with run.autocast():
             h = model["network"](x)
         h, W = model["classifier"](h)
@@ -651,6 +615,7 @@ def embed(model: nn.ModuleDict, images: Tensor, data: Dataset, run: Run) -> tupl
     return torch.cat(hs).to(where), W.detach().to(where)
 
 
+# [copied: accuracies]
 def accuracies(z: Tensor, y: Tensor, counts: Tensor) -> dict:
     """Accuracy of logits z (N, K): overall, by class size, per class; counts (K,): training images."""
     prediction = z.argmax(1)
@@ -662,6 +627,9 @@ def accuracies(z: Tensor, y: Tensor, counts: Tensor) -> dict:
         "rule": rule,
         "per_class": per_class.tolist(),
     }
+
+
+# [end copied]
 
 
 def test(model: nn.ModuleDict, data: Dataset, run: Run) -> dict[str, float]:
@@ -692,34 +660,28 @@ def measure(model: nn.ModuleDict, data: Dataset, run: Run) -> dict:
 
 def draw_figures(folder: Path, runs: list[Run]) -> None:
     """Three figures of finished runs, methods side by side; means over seeds, heat maps of the first seed."""
-    by_method = {name: [run for run in runs if run.name == name] for name in METHODS}
-    by_method = {name: found for name, found in by_method.items() if found}
-    style = styles(METHODS)
     n = np.array(runs[0].finished["counts"])
     order = np.argsort(-n, kind="stable")  # largest class first
-
-    points = {}
-    for name, found in by_method.items():
+    groups = np.array_split(order, min(10, len(order)))  # ten groups of classes, also for 100 classes
+    over_epochs, maps, by_class = {}, {}, {}
+    for name in METHODS:
+        found = [run for run in runs if run.name == name]
+        if not found:
+            continue
         tested = [[line for line in run.history if "accuracy" in line] for run in found]
         accuracy = 100 * np.mean([[line["accuracy"] for line in lines] for lines in tested], axis=0)
-        points[name] = [line["epoch"] for line in tested[0]], accuracy
-    curves(folder / "training.png", points, style, xlabel="epoch", ylabel="test accuracy (%)")
-
-    groups = np.array_split(order, min(10, len(order)))  # ten groups of classes, also for 100 classes
-    points = {}
-    for name, found in by_method.items():
+        over_epochs[name] = [line["epoch"] for line in tested[0]], accuracy
+        maps[name] = cosines(torch.from_numpy(found[0].load_features()["W"][order])).numpy()
+        np.fill_diagonal(maps[name], np.nan)
         accuracy = 100 * np.mean([run.finished["per_class"] for run in found], axis=0)
-        points[name] = [n[g].mean() for g in groups], [np.nanmean(accuracy[g]) for g in groups]
-    axes = {"xlabel": "training images of the class", "ylabel": "test accuracy (%)", "xscale": "log"}
-    curves(folder / "accuracy_by_class.png", points, style, **axes)
+        by_class[name] = [n[g].mean() for g in groups], [np.nanmean(accuracy[g]) for g in groups]
 
-    maps = {}
-    for name, found in by_method.items():
-        cosine = cosines(torch.from_numpy(found[0].load_features()["W"])).numpy()
-        np.fill_diagonal(cosine, np.nan)
-        maps[name] = cosine[np.ix_(order, order)]
+    style = styles(METHODS)
+    curves(folder / "training.png", over_epochs, style, xlabel="epoch", ylabel="test accuracy (%)")
     axes = {"xlabel": "class, largest first", "ylabel": "class, largest first"}
     heat_maps(folder / "class_vectors.png", maps, label="cosine", limits=(-1, 1), diverging=True, **axes)
+    axes = {"xlabel": "training images of the class", "ylabel": "test accuracy (%)", "xscale": "log"}
+    curves(folder / "accuracy_by_class.png", by_class, style, **axes)
 
 
 def print_results(runs: list[Run], folder: Path) -> None:
@@ -753,9 +715,11 @@ NC1: spread of features within classes over that between them; 0: collapsed onto
   class_vectors.png      cosines of class vectors: a red block at the lower right is minority collapse""")
 
 
-# %% [6] Command line
+# %% [markdown]
+# # 6. Command line
 
 
+# %%
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, with each default filled in and each value checked. Raises UserError."""
     about = {name: method.about for name, method in METHODS.items()}
@@ -766,13 +730,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = flags.add
     add("--net", choices=list(NETWORKS), help="network")
     add("--width", type=at_least(1), help="channels times this; not resnet50")
-    add("--project", type=at_least(0), default=0, help="d of one more layer, Linear and ReLU; 0: none")
     add("--E-W", type=positive, default=1.0, help="squared length of the class vectors, where it is fixed")
     lengths = "dr: lengths sqrt(gamma / n_k) in each batch, as released: inverse-frequency weights"
     add("--class-length", choices=["on", "off"], default="on", help=lengths)
     add("--reweight", choices=["on", "off"], default="off", help="ce: the same weights for its samples")
-    norms = "ce, ce+mixup: BatchNorm, unit features and the length of --E-W, as with a fixed classifier"
-    add("--normalise", choices=["on", "off"], default="off", help=norms)
     add("--alpha", type=positive, default=1.0, help="Mixup: lam is drawn from Beta(alpha, alpha)")
     return flags.parse(argv)
 
