@@ -86,8 +86,8 @@ class InstanceSampler:
 class BalancedMixedLabelSampler:
     """BMLS: every pair of classes comes equally often. Reconstructed from the thesis abstract.
 
-    A sweep deals every pair of classes once, in shuffled order, and then the next sweep begins. The queue
-    is carried from epoch to epoch, so after any number of draws two pairs' counts differ by at most one.
+    A sweep deals every pair of classes once, in shuffled order; then the next sweep begins. What is left of a
+    sweep is carried to the next epoch, so after any number of draws two pairs' counts differ by at most one.
     Within a class images come in shuffled cycles: none comes again before every other one has come.
 
     y (N,) labels, K classes. pairs: `unordered` i <= j, K(K+1)/2 of them, same-class pairs included (ours);
@@ -106,63 +106,55 @@ class BalancedMixedLabelSampler:
         if pairs == "ordered":
             self.pairs = torch.cartesian_prod(torch.arange(K), torch.arange(K))  # (M, 2)
         else:
-            self.pairs = torch.triu_indices(K, K, offset=int(pairs == "distinct")).T.contiguous()  # (M, 2)
-        self.queue = torch.empty(0, dtype=torch.long)  # what is left of the sweep
-        self.images = torch.argsort(y, stable=True)  # (N,): class after class, each block a cycle
-        self.ends = n.cumsum(0)  # (K,)
-        self.position = self.ends.clone()  # (K,): every cycle is used up, so the first draw shuffles it
+            self.pairs = torch.triu_indices(K, K, offset=int(pairs == "distinct")).T  # (M, 2)
+        self.sweep = self.pairs[:0]  # what is left of the sweep
+        self.cycles = list(torch.argsort(y, stable=True).split(n.tolist()))  # the images of each class
+        self.left = [cycle[:0] for cycle in self.cycles]  # what is left of each cycle
 
     def draw(self, T: int) -> Tensor:
         """Image numbers of the next T mixed samples, (T, 2)."""
         labels = self.draw_labels(T)
-        return self.take_images(labels.flatten()).view(T, 2)
+        images = torch.empty_like(labels)
+        for k in range(len(self.cycles)):
+            places = labels == k  # (T, 2)
+            images[places] = self.next_images(k, int(places.sum()))
+        return images
 
     def draw_labels(self, T: int) -> Tensor:
         """Classes of the next T mixed samples, (T, 2)."""
-        while len(self.queue) < T:
-            sweep = torch.randperm(len(self.pairs), generator=self.generator)
-            self.queue = torch.cat([self.queue, sweep])
-        labels = self.pairs[self.queue[:T]]
-        self.queue = self.queue[T:].clone()
+        while len(self.sweep) < T:
+            order = torch.randperm(len(self.pairs), generator=self.generator)
+            self.sweep = torch.cat([self.sweep, self.pairs[order]])
+        labels, self.sweep = self.sweep[:T], self.sweep[T:]
         if self.toss:  # a batch shares lam: a coin decides who gets lam and who 1 - lam, not i < j
             swap = torch.rand(T, 1, generator=self.generator) < 0.5
             labels = torch.where(swap, labels.flip(1), labels)
         return labels
 
-    def take_images(self, labels: Tensor) -> Tensor:
-        """The next image of each class in labels (T,), from its cycle: image numbers (T,)."""
-        drawn = torch.empty_like(labels)
-        wanted = torch.bincount(labels, minlength=len(self.ends))
-        by_class = torch.argsort(labels, stable=True).split(wanted.tolist())
-        for k, places in enumerate(by_class):
-            start = int(self.ends[k - 1]) if k else 0
-            end = int(self.ends[k])
-            while len(places):
-                if self.position[k] == end:  # used up: shuffle the class and begin again
-                    order = torch.randperm(end - start, generator=self.generator)
-                    self.images[start:end] = self.images[start:end][order]
-                    self.position[k] = start
-                at = int(self.position[k])
-                n = min(len(places), end - at)
-                drawn[places[:n]] = self.images[at : at + n]
-                self.position[k] += n
-                places = places[n:]
-        return drawn
+    def next_images(self, k: int, n: int) -> Tensor:
+        """The next n images of class k, (n,)."""
+        while len(self.left[k]) < n:
+            order = torch.randperm(len(self.cycles[k]), generator=self.generator)
+            self.cycles[k] = self.cycles[k][order]
+            self.left[k] = torch.cat([self.left[k], self.cycles[k]])
+        images, self.left[k] = self.left[k][:n], self.left[k][n:]
+        return images
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"queue": self.queue, "images": self.images.clone(), "position": self.position.clone()}
+    def state_dict(self) -> dict:
+        left = [images.clone() for images in self.left]  # as a view, all that it is part of would be saved
+        return {"sweep": self.sweep.clone(), "cycles": list(self.cycles), "left": left}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.queue = state["queue"]
-        self.images = state["images"]
-        self.position = state["position"]
+    def load_state_dict(self, state: dict) -> None:
+        self.sweep = state["sweep"]
+        self.cycles = state["cycles"]
+        self.left = state["left"]
 
 
 class ClassBalancedSampler(BalancedMixedLabelSampler):
     """Two class-balanced draws: (i, j) has probability 1 / K^2, exact in expectation only."""
 
     def draw_labels(self, T: int) -> Tensor:
-        return torch.randint(len(self.ends), (T, 2), generator=self.generator)
+        return torch.randint(len(self.cycles), (T, 2), generator=self.generator)
 
 
 def mixup_loss(z: Tensor, a: Tensor, b: Tensor, lam: Tensor) -> Tensor:
@@ -244,15 +236,11 @@ def simplex_etf(K: int, d: int, generator: torch.Generator | None = None) -> Ten
 
 # [end copied]
 
-# %%
-# Imports of the other cells
+# %% Imports of the other cells
 import argparse
 from pathlib import Path
 from typing import NamedTuple
 
-from matplotlib.figure import Figure
-from scipy.optimize import minimize_scalar
-from scipy.special import roots_jacobi
 from torch import nn
 
 from common import (
@@ -280,7 +268,6 @@ from common import (
     open_run,
     positive,
     prepare_data,
-    save_figure,
     shot_groups,
     split_evenly,
     styles,
@@ -289,14 +276,13 @@ from common import (
 
 # %% [markdown]
 # # 2. Theory check
-# The layer-peeled model.
+# The layer-peeled model: a network below the last layer so flexible that every (mixed) label has one free
+# feature. What is left is a matrix problem, convex in Z = W H^T, whose collapse has exact thresholds.
 
 # %%
-# The network below the last layer is taken to be so flexible that every (mixed) label has one free feature.
-# What is left is a matrix problem, convex in Z = W H^T, and its collapse has exact thresholds.
 
 
-def layer_peeled(K: int, labels: tuple, reg: float, seed: int = 0) -> tuple[Tensor, Tensor]:
+def layer_peeled(K: int, labels: tuple, reg: float) -> tuple[Tensor, Tensor]:
     """Optimal classifier W (K, d) and features H (S, d), d = K: one free feature per (mixed) label.
 
     labels: classes a (S,), b (S,), their lam (S,), and probabilities (S,) that sum to 1. lam_W = lam_H =
@@ -313,132 +299,121 @@ def layer_peeled(K: int, labels: tuple, reg: float, seed: int = 0) -> tuple[Tens
         ce = -(p * q * F.log_softmax(H @ W.T, 1)).sum()  # (S, d) @ (d, K) -> (S, K)
         return ce + math.sqrt(reg) / 2 * (W.square().sum() + G.square().sum())
 
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     W, H = (torch.randn(n, K, generator=generator, dtype=torch.float64) / 2 for n in (K, len(q)))
     W, G = minimise(loss, W, H * p.sqrt())
     return W, G / p.sqrt()
 
 
-def mixed_label_probability(n, sampler: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Classes a, b and probability of each ordered class pair, three (K*K,) arrays; n (K,) images per class.
+def mixed_labels(n, sampler: str, alpha: float = 1.0) -> tuple:
+    """(a, b, lam, probability), each (2 K^2,): class pairs times two values for lam ~ Beta(alpha, alpha).
 
-    instance: both images from the pool. class: both classes uniform. balanced: BMLS with unordered pairs.
+    n (K,) images per class. instance: both images from the pool. class: both classes uniform. balanced: BMLS.
     """
     K = len(n)
     share = np.asarray(n) / np.sum(n)
     a, b = (v.ravel() for v in np.mgrid[:K, :K])
-    if sampler == "instance":
-        return a, b, share[a] * share[b]
-    if sampler == "class":
-        return a, b, np.full(K * K, 1 / K**2)
-    # M = K (K + 1) / 2 labels; a cross label is met in two orders, each with half of its share
-    return a, b, np.where(a == b, 2, 1) / (K * (K + 1))
+    probability = {
+        "instance": share[a] * share[b],
+        "class": np.full(K * K, 1 / K**2),
+        # K (K + 1) / 2 unordered labels; a cross label comes in two orders, each with half of its share
+        "balanced": np.where(a == b, 2, 1) / (K * (K + 1)),
+    }
+    # thresholds need E[lam] and E[lam^2] only: two values of lam, one std beside 1/2, have Beta's
+    std = 1 / math.sqrt(4 * (2 * alpha + 1))
+    lam = np.tile([1 / 2 - std, 1 / 2 + std], K * K)
+    return a.repeat(2), b.repeat(2), lam, probability[sampler].repeat(2) / 2
 
 
-def mixed_labels(n, sampler: str, alpha: float = 1.0) -> tuple:
-    """(a, b, lam, probability), each (3 K^2,): class pairs times Gauss nodes for lam ~ Beta(alpha, alpha)."""
-    a, b, p = mixed_label_probability(n, sampler)
-    # the thresholds need E[lam^2] only, and 3 nodes integrate every polynomial of degree 5 exactly
-    x, weight = roots_jacobi(3, alpha - 1, alpha - 1)
-    lam = np.tile((1 + x) / 2, len(a))
-    return a.repeat(3), b.repeat(3), lam, p.repeat(3) * np.tile(weight / weight.sum(), len(a))
-
-
-REG = 0.02  # lam_W lam_H of the check
-
-
-def minority_cosine(sampler: str, times: float, K: int = 10) -> float:
-    """Mean cosine of the rare half's class vectors where each has a share n_B / N = times * lam_W lam_H.
-
-    sampler: `ce`, images as they come and unmixed, or one of mixed_label_probability.
-    """
-    share = times * REG
-    n = [2 / K - share] * (K // 2) + [share] * (K // 2)
-    unmixed = (range(K), range(K), [1.0] * K, n)
-    W, _ = layer_peeled(K, unmixed if sampler == "ce" else mixed_labels(n, sampler), REG)
-    return mean_pairwise_cosine(W, torch.arange(K // 2, K))
+def rare_cosine(sampler: str, times: float) -> float:
+    """Mean cosine of the class vectors of five rare classes among ten, at n_B / N = times * lam_W lam_H."""
+    reg = 0.02  # lam_W lam_H
+    share = times * reg
+    n = [1 / 5 - share] * 5 + [share] * 5
+    unmixed = (range(10), range(10), [1.0] * 10, n)
+    W, _ = layer_peeled(10, unmixed if sampler == "ce" else mixed_labels(n, sampler), reg)
+    return mean_pairwise_cosine(W, torch.arange(5, 10))
 
 
 def check_theory(folder: Path) -> dict:
-    """Print the chapter's claims, each against direct optimisation or simulation; draw synthetic.png."""
-    K = 10
-    cosine = minority_cosine
+    """Print the chapter's story, each claim against direct optimisation or simulation; draw synthetic.png."""
     claims = Claims()
-
     # Collapse <=> the contrast between two minority classes is worth at most lam_W lam_H in E[q q^T]:
     #     n_B / N without Mixup;  E[lam^2 + (1-lam)^2] n_B / N = (alpha+1)/(2 alpha+1) n_B / N with it
-    claims.equal("Few enough images: all rare classes share one vector, cosine", 1, cosine("ce", 0.9), 1e-6)
-    edge_ce = locate(lambda times: cosine("ce", times) > 0.99, 0.9, 1.15)
-    claims.equal("They do up to (n_B/N) / (lam_W lam_H) =", 1, edge_ce, 0.01)
-    edge_mixup = locate(lambda times: cosine("instance", times) > 0.99, 1.35, 1.7)
-    claims.equal("Mixup moves this threshold to (2 alpha+1)/(alpha+1) =", 3 / 2, edge_mixup, 0.015)
-    claims.at_most("Between the two, at 1.25, cross-entropy does not: cosine", 0.5, cosine("ce", 1.25))
-    claims.equal("   Mixup does: cosine", 1, cosine("instance", 1.25), 1e-6)
-    simplex = cosine("balanced", 1.25)
+    cosine = rare_cosine("ce", 0.9)
+    claims.equal("Few enough images: all rare classes share one vector, cosine", 1, cosine, 1e-6)
+    edge = locate(lambda times: rare_cosine("ce", times) > 0.99, 0.9, 1.15)
+    claims.equal("They do up to (n_B/N) / (lam_W lam_H) =", 1, edge, 0.01)
+    edge = locate(lambda times: rare_cosine("instance", times) > 0.99, 1.35, 1.7)
+    claims.equal("Mixup moves this threshold to (2 alpha+1)/(alpha+1) =", 3 / 2, edge, 0.015)
+    claims.at_most("Between the two, at 1.25, cross-entropy does not: cosine", 0.5, rare_cosine("ce", 1.25))
+    claims.equal("   Mixup does: cosine", 1, rare_cosine("instance", 1.25), 1e-6)
+    simplex = rare_cosine("balanced", 1.25)
     claims.equal("   balanced mixed labels give a simplex: -1/(K-1)", -1 / 9, simplex, 1e-6)
-
-    # How often does a mixed label come?
-    generator = torch.Generator().manual_seed(0)
-    y = torch.arange(K).repeat_interleave(torch.tensor([1000, 562, 316, 178, 100, 56, 31, 17, 10, 5]))
-    sampler = BalancedMixedLabelSampler(y, K, generator)
-    drawn = torch.zeros(K, K, dtype=torch.long)
-    worst = 0
-    for _ in range(200):  # epochs of 999, no multiple of 55 pairs: each begins in the middle of a sweep
-        low, high = y[sampler.draw(999)].sort(1).values.unbind(1)
-        drawn.index_put_((low, high), torch.tensor(1), accumulate=True)
-        counts = drawn[torch.triu_indices(K, K).unbind()]
-        worst = max(worst, int(counts.max() - counts.min()))
-    claims.at_most("BMLS: most less least often drawn label, after any epoch", 1, worst)
-    pairs = torch.cat([y[InstanceSampler(y, K, generator).draw(len(y))] for _ in range(2000)])
-    same = torch.bincount(pairs[pairs[:, 0] == pairs[:, 1], 0], minlength=K)
-    ratio = int(same[0]) / int(same[4])
-    claims.equal("Mixup: label (0, 0) to label (4, 4), of a class 10 times rarer", 10**2, ratio, 6)
-
-    # Mixed-Singleton losses of one sample (0, 1, lam = 0.7) on a fixed simplex ETF
-    W = simplex_etf(K, K, generator)
-    a = torch.tensor([0])
-    b = torch.tensor([1])
-    lam = torch.tensor([0.7], dtype=torch.float64)
-    start = torch.randn(1, K, generator=generator, dtype=torch.float64)
-    # inf L = min_t log(1 + e^{-lam t}) + log(1 + e^{(1-lam) t}), t = z_0 - z_1: the others' logits fall away
-    floor = minimize_scalar(lambda t: np.logaddexp(0, -0.7 * t) + np.logaddexp(0, 0.3 * t)).fun
-    (h,) = minimise(lambda h: ms_raw(h @ W.T, a, b, lam), 0 * start)
-    reached = ms_raw(h @ W.T, a, b, lam).item()
-    claims.equal("MS raw cannot reach 0: its floor at lam = 0.7", floor, reached, 1e-5)
-    v = F.normalize(0.7 * W[0] + 0.3 * W[1], dim=0)
-    (h,) = minimise(lambda h: ms_dot(F.normalize(h), W, a, b, lam), start)
-    reached = (F.normalize(h)[0] @ v).item()
-    claims.equal("MS dot sends the feature to the mixed class vector: cosine", 1, reached, 1e-5)
-
+    check_samplers(claims)
+    check_losses(claims)
     draw_thresholds(folder / "synthetic.png")
     return claims.report(folder / "synthetic.png")
 
 
+def check_samplers(claims: Claims) -> None:
+    """How often does a mixed label come?"""
+    K = 10
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(K).repeat_interleave(torch.tensor([1000, 562, 316, 178, 100, 56, 31, 17, 10, 5]))
+    sampler = InstanceSampler(y, K, generator)
+    labels = torch.cat([y[sampler.draw(len(y))] for _ in range(2000)])  # (., 2)
+    zeros, fours = ((labels == k).all(1).sum().item() for k in (0, 4))
+    claims.equal("Mixup: label (0, 0) to label (4, 4), of a class 10 times rarer", 10**2, zeros / fours, 6)
+
+    sampler = BalancedMixedLabelSampler(y, K, generator)
+    counts = torch.zeros(K, K, dtype=torch.long)
+    worst = 0
+    for _ in range(200):  # epochs of 999, no multiple of 55 pairs: each begins in the middle of a sweep
+        low, high = y[sampler.draw(999)].sort(1).values.unbind(1)
+        counts.index_put_((low, high), torch.tensor(1), accumulate=True)
+        drawn = counts[torch.triu_indices(K, K).unbind()]
+        worst = max(worst, int(drawn.max() - drawn.min()))
+    claims.at_most("BMLS: most less least often drawn label, after any epoch", 1, worst)
+
+
+def check_losses(claims: Claims) -> None:
+    """Where do the Mixed-Singleton losses send the feature of (0, 1, lam = 0.7) under a fixed simplex ETF?"""
+    generator = torch.Generator().manual_seed(0)
+    W = simplex_etf(10, 10, generator)
+    a = torch.tensor([0])
+    b = torch.tensor([1])
+    lam = torch.tensor([0.7], dtype=torch.float64)
+    start = torch.randn(1, 10, generator=generator, dtype=torch.float64)
+    # inf L = min_t log(1 + e^{-lam t}) + log(1 + e^{(1-lam) t}), t = z_0 - z_1: the others' logits fall away
+    t = torch.linspace(-10, 10, 100_001, dtype=torch.float64)
+    floor = (F.softplus(-0.7 * t) + F.softplus(0.3 * t)).min().item()
+    (h,) = minimise(lambda h: ms_raw(h @ W.T, a, b, lam), 0 * start)
+    reached = ms_raw(h @ W.T, a, b, lam).item()
+    claims.equal("MS raw cannot reach 0: its floor at lam = 0.7", floor, reached, 1e-5)
+    (h,) = minimise(lambda h: ms_dot(F.normalize(h), W, a, b, lam), start)
+    cosine = F.cosine_similarity(h, 0.7 * W[:1] + 0.3 * W[1:2]).item()
+    claims.equal("MS dot sends the feature to the mixed class vector: cosine", 1, cosine, 1e-5)
+
+
 def draw_thresholds(path: Path) -> None:
     """From which share of the images on does a rare class keep a class vector of its own?"""
-    x = [0.5, 0.7, 0.98, 1.04, 1.15, 1.48, 1.57, 1.75, 2.2, 3.2, 5]
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    plot = figure.subplots()
-    look = styles(["cross-entropy", "Mixup", "balanced mixed labels"])
+    x = [0.5, 0.7, 0.98, 1.04, 1.15, 1.48, 1.57, 1.75, 2.2, 3.2]
     names = {"ce": "cross-entropy", "instance": "Mixup", "balanced": "balanced mixed labels"}
-    for sampler, name in names.items():
-        plot.plot(x, [minority_cosine(sampler, times) for times in x], label=name, **look[name])
-    for threshold, name in ((1, "cross-entropy"), (3 / 2, "Mixup")):
-        plot.axvline(threshold, ls="--", color=look[name]["color"], label=f"{name}: predicted threshold")
-    plot.set(xscale="log", xlabel="share of one rare class, (n_B / N) / (lam_W lam_H)")
-    plot.set(ylabel="mean cosine of the rare classes' vectors")
-    plot.set_xticks([0.5, 1, 1.5, 2, 3, 5], ["0.5", "1", "1.5", "2", "3", "5"])
-    plot.minorticks_off()
-    figure.legend(loc="outside right upper", frameon=False)
-    save_figure(path, figure)
+    style = styles(names.values())
+    points = {name: (x, [rare_cosine(sampler, times) for times in x]) for sampler, name in names.items()}
+    for name, edge in (("cross-entropy", 1), ("Mixup", 3 / 2)):
+        points[f"{name}: predicted"] = [edge, edge], [-0.2, 1.05]
+        style[f"{name}: predicted"] = {"color": style[name]["color"], "ls": "--"}
+    axes = {"xlabel": "share of one rare class, (n_B / N) / (lam_W lam_H)"}
+    curves(path, points, style, ylabel="mean cosine of the rare classes' vectors", **axes)
 
 
 # %% [markdown]
 # # 3. Network
 
+
 # %%
-
-
 # [copied: resnet32]
 class Block(nn.Module):
     """Two 3x3 convolutions and a parameter-free shortcut: stride by slicing, new channels zero (option A)."""
@@ -518,15 +493,15 @@ NETWORKS = {"resnet32": ResNet32, "cnn": SmallCNN}
 class Classifier(nn.Module):
     """Class vectors W (K, d), learnable or a fixed simplex ETF, without bias. Always in float32.
 
-    head `linear`: logits z = h W^T. head `cosine`: BatchNorm1d, then h and W at unit length, z = scale * cos;
+    cosine False: logits z = h W^T. True: BatchNorm1d, then h and W at unit length, z = scale * cos;
     BatchNorm comes first since features behind a ReLU fill one orthant only, and class vectors need them all.
     """
 
-    def __init__(self, K: int, d: int, head: str, fixed: bool, scale: float):
+    def __init__(self, K: int, d: int, cosine: bool, fixed: bool, scale: float):
         super().__init__()
-        self.cosine = head == "cosine"
-        self.scale = scale if self.cosine else 1.0
-        self.bn = nn.BatchNorm1d(d) if self.cosine else nn.Identity()
+        self.cosine = cosine
+        self.scale = scale if cosine else 1.0
+        self.bn = nn.BatchNorm1d(d) if cosine else nn.Identity()
         if fixed:
             W = simplex_etf(K, d).float()
         else:
@@ -548,19 +523,19 @@ def build_model(args: argparse.Namespace, method: "Method", data: Dataset) -> nn
     K = len(data.classes)
     network = NETWORKS[args.net](data.train_x.shape[3], args.width)
     fixed = args.classifier == "etf"
-    needs_cosine = fixed or (method.loss == "ms" and args.ms != "raw")
     if fixed and network.d < K - 1:
         raise UserError(f"--classifier etf: {K} classes need {K - 1} feature dimensions, not {network.d}")
-    classifier = Classifier(K, network.d, "cosine" if needs_cosine else "linear", fixed, args.scale)
+    cosine = fixed or (method.loss == "ms" and args.ms != "raw")
+    classifier = Classifier(K, network.d, cosine, fixed, args.scale)
     return nn.ModuleDict({"network": network, "classifier": classifier})
 
 
 # %% [markdown]
 # # 4. Training
+# A method is a sampler of pairs, a loss, and whether the two images of a pair are mixed.
+
 
 # %%
-
-
 class Method(NamedTuple):
     sampler: str  # a key of SAMPLERS
     loss: str  # a key of LOSSES; `ms` is the one that --ms names
@@ -605,11 +580,7 @@ def learning_rate(epoch: int, args: argparse.Namespace) -> float:
     """Warm-up to epoch 5 of 200, then --lr, a tenth of it after 160, a hundredth after 180; in proportion."""
     warmup = max(1, round(args.epochs * 5 / 200))
     done = (epoch + 1) / args.epochs
-    drop = 1.0
-    if done > 0.8:
-        drop = 0.1
-    if done > 0.9:
-        drop = 0.01
+    drop = (1.0, 0.1, 0.01)[(done > 0.8) + (done > 0.9)]
     return args.lr * min(1, (epoch + 1) / warmup) * drop
 
 
@@ -672,97 +643,93 @@ def train(args: argparse.Namespace, name: str, seed: int, data: Dataset, run: Ru
 # %% [markdown]
 # # 5. Results
 
+
 # %%
-
-
 @torch.no_grad()
 def embed(model: nn.ModuleDict, images: Tensor, data: Dataset, run: Run) -> tuple[Tensor, Tensor]:
-    """Features h (N, d) as the classifier sees them, and logits z (N, K), of every image in order."""
+    """Features h (N, d) of every image in order, unaugmented, and W (K, d); the logits are h W^T."""
     model.eval()
-    hs, zs = [], []
-    loader = Batches(images, data.mean, data.std, device=run.device)
-    for _, x in loader.epoch(torch.arange(len(images)), 1000):
+    hs = []
+    for _, x in Batches(images, data.mean, data.std, device=run.device).all():
         with run.autocast():
             h = model["network"](x)
-        h, _, z = model["classifier"](h)
+        h, W, _ = model["classifier"](h)
         hs.append(h)
-        zs.append(z)
     where = metric_device(run.device)
-    return torch.cat(hs).to(where), torch.cat(zs).to(where)
+    return torch.cat(hs).to(where), (model["classifier"].scale * W).to(where)
+
+
+# [copied: accuracies]
+def accuracies(z: Tensor, y: Tensor, counts: Tensor) -> dict:
+    """Accuracy of logits z (N, K): overall, by class size, per class; counts (K,): training images."""
+    prediction = z.argmax(1)
+    per_class = accuracy_per_class(prediction, y, len(counts))
+    groups, rule = shot_groups(counts)
+    return {
+        "accuracy": float((prediction == y).double().mean()),
+        **{group: float(per_class[members].nanmean()) for group, members in groups.items()},
+        "rule": rule,
+        "per_class": per_class.tolist(),
+    }
+
+
+# [end copied]
 
 
 def test(model: nn.ModuleDict, data: Dataset, run: Run) -> dict[str, float]:
     """Test accuracy, overall and by class size, and how far the rare classes' vectors have collapsed."""
-    _, z = embed(model, data.test_x, data, run)
-    prediction = z.argmax(1).cpu()
-    per_class = accuracy_per_class(prediction, data.test_y, len(data.classes))
-    groups, _ = shot_groups(data.counts)
-    W = model["classifier"].W.detach().cpu()
-    return {
-        "accuracy": float((prediction == data.test_y).double().mean()),
-        **{group: float(per_class[members].mean()) for group, members in groups.items()},
-        "minority_cosine_W": mean_pairwise_cosine(W, groups["few"]),
-    }
+    h, W = embed(model, data.test_x, data, run)
+    counts = data.counts.to(h.device)
+    found = accuracies(h @ W.T, data.test_y.to(h.device), counts)
+    found["minority_cosine_W"] = mean_pairwise_cosine(W, shot_groups(counts)[0]["few"])
+    return {key: found[key] for key in ("accuracy", "many", "medium", "few", "minority_cosine_W")}
 
 
-@torch.no_grad()
 def measure(model: nn.ModuleDict, data: Dataset, run: Run) -> dict:
-    """Everything that is measured after training, on all images; writes features.npz. z = h W^T exactly."""
-    train_h, train_z = embed(model, data.train_x, data, run)
-    test_h, test_z = embed(model, data.test_x, data, run)
-    train_y = data.train_y.to(train_h.device)
-    test_y = data.test_y.to(test_h.device)
-    _, W, _ = model["classifier"](torch.zeros(1, model["network"].d, device=run.device))
-    W = (model["classifier"].scale * W).to(train_h.device)
+    """Everything that is measured after training, on all images; writes features.npz, where z = h W^T."""
+    train_h, W = embed(model, data.train_x, data, run)
+    test_h, _ = embed(model, data.test_x, data, run)
+    train_y = data.train_y.to(W.device)
+    test_y = data.test_y.to(W.device)
+    counts = data.counts.to(W.device)
+    z = test_h @ W.T
+    fitted = (train_h @ W.T).argmax(1)
     run.save_features(train_h=train_h, train_y=train_y, test_h=test_h, test_y=test_y, W=W)
-    groups, rule = shot_groups(data.counts.to(train_h.device))
-    per_class = accuracy_per_class(test_z.argmax(1), test_y, len(W))
     return {
-        "accuracy": float((test_z.argmax(1) == test_y).double().mean()),
-        **{group: float(per_class[members].mean()) for group, members in groups.items()},
-        "rule": rule,
-        "ece": expected_calibration_error(test_z.softmax(1), test_y),
-        "train_accuracy": float((train_z.argmax(1) == train_y).double().mean()),
-        **collapse_metrics(train_h, train_y, W, train_z.argmax(1), groups["few"]),
+        **accuracies(z, test_y, counts),
+        "ece": expected_calibration_error(z.softmax(1), test_y),
+        "train_accuracy": float((fitted == train_y).double().mean()),
+        **collapse_metrics(train_h, train_y, W, fitted, shot_groups(counts)[0]["few"]),
         "heads": heads(train_h, train_y, test_h, test_y, W),
-        "per_class": per_class.tolist(),
-        "counts": data.counts.tolist(),
+        "counts": counts.tolist(),
     }
 
 
 def draw_figures(folder: Path, runs: list[Run]) -> None:
     """Three figures of finished runs, methods side by side; means over seeds, heat maps of the first seed."""
-    by_method = {name: [run for run in runs if run.name == name] for name in METHODS}
-    by_method = {name: found for name, found in by_method.items() if found}
-    style = styles(METHODS)
-
-    def tested(run: Run, key: str) -> list[float]:
-        return [line[key] for line in run.history if key in line]
-
-    points = {}
-    for name, found in by_method.items():
-        cosine = np.mean([tested(run, "minority_cosine_W") for run in found], axis=0)
-        points[name] = [line["epoch"] for line in found[0].history if "accuracy" in line], cosine
-    axes = {"xlabel": "epoch", "ylabel": "mean cosine of the rare classes' vectors"}
-    curves(folder / "minority_cosine.png", points, style, **axes)
-
     n = np.array(runs[0].finished["counts"])
     order = np.argsort(-n, kind="stable")  # largest class first
-    maps = {}
-    for name, found in by_method.items():
-        cosine = cosines(torch.from_numpy(found[0].load_features()["W"])).numpy()
-        np.fill_diagonal(cosine, np.nan)
-        maps[name] = cosine[np.ix_(order, order)]
+    groups = np.array_split(order, min(10, len(order)))  # ten groups of classes, also for 100 classes
+    over_epochs, maps, by_class = {}, {}, {}
+    for name in METHODS:
+        found = [run for run in runs if run.name == name]
+        if not found:
+            continue
+        tested = [[line for line in run.history if "accuracy" in line] for run in found]
+        cosine = np.mean([[line["minority_cosine_W"] for line in lines] for lines in tested], axis=0)
+        over_epochs[name] = [line["epoch"] for line in tested[0]], cosine
+        maps[name] = cosines(torch.from_numpy(found[0].load_features()["W"][order])).numpy()
+        np.fill_diagonal(maps[name], np.nan)
+        accuracy = 100 * np.mean([run.finished["per_class"] for run in found], axis=0)
+        by_class[name] = [n[g].mean() for g in groups], [np.nanmean(accuracy[g]) for g in groups]
+
+    style = styles(METHODS)
+    axes = {"xlabel": "epoch", "ylabel": "mean cosine of the rare classes' vectors"}
+    curves(folder / "minority_cosine.png", over_epochs, style, **axes)
     axes = {"xlabel": "class, largest first", "ylabel": "class, largest first"}
     heat_maps(folder / "class_vectors.png", maps, label="cosine", limits=(-1, 1), diverging=True, **axes)
-
-    groups = np.array_split(order, min(10, len(order)))  # ten groups of classes, also for 100 classes
-    points = {}
-    for name, found in by_method.items():
-        accuracy = 100 * np.mean([run.finished["per_class"] for run in found], axis=0)
-        points[name] = [n[g].mean() for g in groups], [np.nanmean(accuracy[g]) for g in groups]
     axes = {"xlabel": "training images of the class", "ylabel": "test accuracy (%)", "xscale": "log"}
-    curves(folder / "accuracy_by_class.png", points, style, **axes)
+    curves(folder / "accuracy_by_class.png", by_class, style, **axes)
 
 
 def print_results(runs: list[Run], folder: Path) -> None:
@@ -796,9 +763,8 @@ cos few: mean cosine of the few's class vectors; 1: minority collapse, -1/(K-1):
 # %% [markdown]
 # # 6. Command line
 
+
 # %%
-
-
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, with every default filled in. Raises UserError."""
     about = {name: method.about for name, method in METHODS.items()}

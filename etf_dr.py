@@ -37,13 +37,13 @@ PAPER, RELEASED CODE AND THIS FILE
   the batch. That is inverse-frequency weighting of the samples (derived below), and the cross-entropy it is
   compared with has none. --class-length off takes the weights from dot-regression, --reweight on gives them
   to cross-entropy.
-- The released learnable classifier is frozen at its random start (requires_grad is False). Ours learns. It
-  has no bias; --normalise on gives it the BatchNorm and the lengths of the ETF methods.
+- The released learnable classifier is frozen at its random start (requires_grad is False). Ours learns, on
+  the features as they are, without bias.
 - With unit vectors and K classes ETF + CE cannot be surer than p = .25 (K = 10) or .03 (K = 100). That is
   what was released; --E-W 256 is a temperature of 16.
 - Faster convergence of DR (claimed with the paper's Theorem 2, whose wording we do not have) is a matter of
-  E = sqrt(E_W E_H) and of the angle: in gradient flow cross-entropy is the faster one at the released E = 1,
-  the slower one at E = 10, and in the end always the faster (tests/test_etf_dr_theory.py).
+  E = sqrt(E_W E_H) and of the angle: from far away and at E = 10 it is the faster one, at the released E = 1
+  it is not, and in the end, where its gradient fades as the angle cubed, never (tests/test_etf_dr_theory.py).
 - Mixup: a batch with a permutation of itself, one lam ~ Beta(alpha, alpha) per batch, the two losses mixed,
   class lengths from the unmixed labels, as released. Here both images of a pair have a crop of their own.
 - Schedule, augmentation, weight decay (on BatchNorm too) and width (doubled for CIFAR-100) are the released
@@ -157,8 +157,7 @@ def dr_feature_gradient(h: Tensor, W: Tensor, y: Tensor, E_W: float = 1.0, E_H: 
     return (along - 1) * W[y]
 
 
-# %%
-# Imports of the other cells
+# %% Imports of the other cells
 import argparse
 from pathlib import Path
 from typing import NamedTuple
@@ -201,10 +200,9 @@ from common import (
 
 # %% [markdown]
 # # 2. Theory check
-# The layer-peeled model.
+# The layer-peeled model: a network below the last layer so flexible that every sample has a free feature.
 
 # %%
-# The network below the last layer is taken to be so flexible that every sample has a free feature.
 
 
 def learnable_optimum(counts, E_W: float, E_H: float) -> tuple[Tensor, Tensor]:
@@ -234,8 +232,7 @@ def fixed_optimum(loss, W: Tensor, y: Tensor, E_H: float) -> Tensor:
     Searched in the whole ball ||h||^2 <= E_H, from random points inside: beyond it G is pulled back.
     """
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(len(y), W.shape[1], generator=generator, dtype=torch.float64)
-    start = F.normalize(start) * torch.rand(len(y), 1, generator=generator, dtype=torch.float64)
+    start = torch.randn(len(y), W.shape[1], generator=generator, dtype=torch.float64) / 10
 
     def ball(G):
         return math.sqrt(E_H) * G / G.norm(dim=1, keepdim=True).clamp_min(1)
@@ -301,6 +298,8 @@ def check_theory(folder: Path) -> dict:
     pair = torch.tensor([0, 1])
     floor = (1 - math.sqrt((K - 2) / (2 * (K - 1)))) ** 2 / 2
 
+    W = F.normalize(W)
+
     def mixed(x):
         return dot_regression_loss(F.normalize(x).expand(2, -1), W, pair)
 
@@ -345,9 +344,8 @@ def draw_simplex(path: Path) -> None:
 # %% [markdown]
 # # 3. Network
 
+
 # %%
-
-
 # [copied: resnet32]
 class Block(nn.Module):
     """Two 3x3 convolutions and a parameter-free shortcut: stride by slicing, new channels zero (option A)."""
@@ -425,16 +423,16 @@ class SmallCNN(nn.Module):
 class Classifier(nn.Module):
     """Class vectors W (K, d) without bias, learnable or a fixed simplex ETF. Always in float32.
 
-    unit False: logits h W^T of the pooled features as they are, the usual last layer.
-    unit True: BatchNorm1d, then ||h|| = 1 and ||w_k||^2 = E_W. Behind a ReLU features fill one orthant only,
-    and an ETF's vectors point everywhere. No temperature but E_W, and no bias, as released.
+    Learnable: logits h W^T of the pooled features as they are, the usual last layer.
+    Fixed: BatchNorm1d, then ||h|| = 1 and ||w_k||^2 = E_W. Behind a ReLU features fill one orthant only, and
+    an ETF's vectors point everywhere. No temperature but E_W, and no bias, as released.
     """
 
-    def __init__(self, K: int, d: int, fixed: bool, unit: bool, E_W: float):
+    def __init__(self, K: int, d: int, fixed: bool, E_W: float):
         super().__init__()
-        self.unit = unit
+        self.fixed = fixed
         self.length = math.sqrt(E_W)
-        self.bn = nn.BatchNorm1d(d) if unit else nn.Identity()
+        self.bn = nn.BatchNorm1d(d) if fixed else nn.Identity()
         if fixed:
             W = simplex_etf(K, d).float()
         else:
@@ -445,7 +443,7 @@ class Classifier(nn.Module):
         """h (B, d) from the network -> h (B, d) and W (K, d) as the loss sees them; logits are h W^T."""
         h = self.bn(h.float())
         W = self.W
-        if self.unit:
+        if self.fixed:
             h = F.normalize(h, dim=1)
             W = self.length * F.normalize(W, dim=1)
         return h, W
@@ -465,33 +463,25 @@ NETWORKS = {"resnet32": ResNet32, "cnn": SmallCNN, "resnet50": resnet50}
 
 
 def build_model(args: argparse.Namespace, method: "Method", data: Dataset) -> nn.ModuleDict:
-    """Network and classifier; --project puts one more layer between them. Raises UserError for d < K - 1."""
+    """Network and classifier. Raises UserError for d < K - 1, and for resnet50 without colour."""
     K = len(data.classes)
     channels = data.train_x.shape[3]
     if args.net == "resnet50" and channels != 3:
         raise UserError(f"--net resnet50: expects 3 colour channels, not {channels}; take another network")
     network = NETWORKS[args.net](channels, args.width)
-    if args.project:
-        # with a ReLU, since a linear map of 64 features would still fill 64 dimensions only
-        d = network.d
-        network = nn.Sequential(network, nn.Linear(d, args.project), nn.ReLU())
-        network.d = args.project
     if method.fixed and network.d < K - 1:
-        raise UserError(
-            f"--method etf+...: a simplex of {K} classes needs {K - 1} feature dimensions, the network has "
-            f"{network.d}; take a larger --width, or --project {K}"
-        )
-    unit = method.fixed or args.normalise == "on"
-    classifier = Classifier(K, network.d, method.fixed, unit, args.E_W)
+        needed = f"a simplex of {K} classes needs {K - 1} feature dimensions, not {network.d}"
+        raise UserError(f"--method etf+...: {needed}; take a larger --width")
+    classifier = Classifier(K, network.d, method.fixed, args.E_W)
     return nn.ModuleDict({"network": network, "classifier": classifier})
 
 
 # %% [markdown]
 # # 4. Training
+# A method is a classifier, fixed or learnable, a loss, and whether images are mixed.
+
 
 # %%
-
-
 class Method(NamedTuple):
     fixed: bool  # simplex ETF, or a learnable classifier
     loss: str  # a key of LOSSES
@@ -526,11 +516,7 @@ def learning_rate(epoch: int, args: argparse.Namespace) -> float:
     """Warm-up to epoch 5 of 200, then --lr, a tenth of it after 160, a hundredth after 180; in proportion."""
     warmup = max(1, round(args.epochs * 5 / 200))
     done = (epoch + 1) / args.epochs
-    drop = 1.0
-    if done > 0.8:
-        drop = 0.1
-    if done > 0.9:
-        drop = 0.01
+    drop = (1.0, 0.1, 0.01)[(done > 0.8) + (done > 0.9)]
     return args.lr * min(1, (epoch + 1) / warmup) * drop
 
 
@@ -612,16 +598,15 @@ def train(args: argparse.Namespace, name: str, seed: int, data: Dataset, run: Ru
 # %% [markdown]
 # # 5. Results
 
+
 # %%
-
-
 @torch.no_grad()
 def embed(model: nn.ModuleDict, images: Tensor, data: Dataset, run: Run) -> tuple[Tensor, Tensor]:
     """Features h (N, d) of every image in order, unaugmented, and W (K, d), as the loss sees them."""
     model.eval()
     hs = []
     loader = Batches(images, data.mean, data.std, device=run.device)
-    for _, x in loader.epoch(torch.arange(len(images)), 1000 if loader.H < 64 else 100):
+    for _, x in loader.all(1000 if loader.H < 64 else 100):
         with run.autocast():
             h = model["network"](x)
         h, W = model["classifier"](h)
@@ -630,6 +615,7 @@ def embed(model: nn.ModuleDict, images: Tensor, data: Dataset, run: Run) -> tupl
     return torch.cat(hs).to(where), W.detach().to(where)
 
 
+# [copied: accuracies]
 def accuracies(z: Tensor, y: Tensor, counts: Tensor) -> dict:
     """Accuracy of logits z (N, K): overall, by class size, per class; counts (K,): training images."""
     prediction = z.argmax(1)
@@ -641,6 +627,9 @@ def accuracies(z: Tensor, y: Tensor, counts: Tensor) -> dict:
         "rule": rule,
         "per_class": per_class.tolist(),
     }
+
+
+# [end copied]
 
 
 def test(model: nn.ModuleDict, data: Dataset, run: Run) -> dict[str, float]:
@@ -671,34 +660,28 @@ def measure(model: nn.ModuleDict, data: Dataset, run: Run) -> dict:
 
 def draw_figures(folder: Path, runs: list[Run]) -> None:
     """Three figures of finished runs, methods side by side; means over seeds, heat maps of the first seed."""
-    by_method = {name: [run for run in runs if run.name == name] for name in METHODS}
-    by_method = {name: found for name, found in by_method.items() if found}
-    style = styles(METHODS)
     n = np.array(runs[0].finished["counts"])
     order = np.argsort(-n, kind="stable")  # largest class first
-
-    points = {}
-    for name, found in by_method.items():
+    groups = np.array_split(order, min(10, len(order)))  # ten groups of classes, also for 100 classes
+    over_epochs, maps, by_class = {}, {}, {}
+    for name in METHODS:
+        found = [run for run in runs if run.name == name]
+        if not found:
+            continue
         tested = [[line for line in run.history if "accuracy" in line] for run in found]
         accuracy = 100 * np.mean([[line["accuracy"] for line in lines] for lines in tested], axis=0)
-        points[name] = [line["epoch"] for line in tested[0]], accuracy
-    curves(folder / "training.png", points, style, xlabel="epoch", ylabel="test accuracy (%)")
-
-    groups = np.array_split(order, min(10, len(order)))  # ten groups of classes, also for 100 classes
-    points = {}
-    for name, found in by_method.items():
+        over_epochs[name] = [line["epoch"] for line in tested[0]], accuracy
+        maps[name] = cosines(torch.from_numpy(found[0].load_features()["W"][order])).numpy()
+        np.fill_diagonal(maps[name], np.nan)
         accuracy = 100 * np.mean([run.finished["per_class"] for run in found], axis=0)
-        points[name] = [n[g].mean() for g in groups], [np.nanmean(accuracy[g]) for g in groups]
-    axes = {"xlabel": "training images of the class", "ylabel": "test accuracy (%)", "xscale": "log"}
-    curves(folder / "accuracy_by_class.png", points, style, **axes)
+        by_class[name] = [n[g].mean() for g in groups], [np.nanmean(accuracy[g]) for g in groups]
 
-    maps = {}
-    for name, found in by_method.items():
-        cosine = cosines(torch.from_numpy(found[0].load_features()["W"])).numpy()
-        np.fill_diagonal(cosine, np.nan)
-        maps[name] = cosine[np.ix_(order, order)]
+    style = styles(METHODS)
+    curves(folder / "training.png", over_epochs, style, xlabel="epoch", ylabel="test accuracy (%)")
     axes = {"xlabel": "class, largest first", "ylabel": "class, largest first"}
     heat_maps(folder / "class_vectors.png", maps, label="cosine", limits=(-1, 1), diverging=True, **axes)
+    axes = {"xlabel": "training images of the class", "ylabel": "test accuracy (%)", "xscale": "log"}
+    curves(folder / "accuracy_by_class.png", by_class, style, **axes)
 
 
 def print_results(runs: list[Run], folder: Path) -> None:
@@ -720,7 +703,8 @@ def print_results(runs: list[Run], folder: Path) -> None:
     print(f"""accuracy: % of the test images after the last epoch; train: of the training images, unaugmented
 {runs[0].finished["rule"]}
 best: highest accuracy of the tested epochs, chosen on the test set
--log n: the same logits less log n_k; near mean: nearest class mean of the same features
+-log n: the same logits less log n_k, which outweighs those of a fixed simplex (-E_W^.5 to E_W^.5)
+near mean: nearest class mean of the same features
 cos few: mean cosine of the few's class vectors; 1: minority collapse, -1/(K-1): a simplex; nan: one class
 NC1: spread of features within classes over that between them; 0: collapsed onto their class means""")
     for name in dict.fromkeys(run.name for run in runs):
@@ -734,9 +718,8 @@ NC1: spread of features within classes over that between them; 0: collapsed onto
 # %% [markdown]
 # # 6. Command line
 
+
 # %%
-
-
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, with each default filled in and each value checked. Raises UserError."""
     about = {name: method.about for name, method in METHODS.items()}
@@ -747,13 +730,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = flags.add
     add("--net", choices=list(NETWORKS), help="network")
     add("--width", type=at_least(1), help="channels times this; not resnet50")
-    add("--project", type=at_least(0), default=0, help="d of one more layer, Linear and ReLU; 0: none")
     add("--E-W", type=positive, default=1.0, help="squared length of the class vectors, where it is fixed")
     lengths = "dr: lengths sqrt(gamma / n_k) in each batch, as released: inverse-frequency weights"
     add("--class-length", choices=["on", "off"], default="on", help=lengths)
     add("--reweight", choices=["on", "off"], default="off", help="ce: the same weights for its samples")
-    norms = "ce, ce+mixup: BatchNorm, unit features and the length of --E-W, as with a fixed classifier"
-    add("--normalise", choices=["on", "off"], default="off", help=norms)
     add("--alpha", type=positive, default=1.0, help="Mixup: lam is drawn from Beta(alpha, alpha)")
     return flags.parse(argv)
 

@@ -1,5 +1,6 @@
 """bmls_msclf.py: the sampler, the losses against slow definitions, and the program as a user meets it."""
 
+import copy
 import json
 import math
 import os
@@ -74,8 +75,7 @@ def test_a_sampler_goes_on_from_its_state(name):
     y = torch.tensor([0] * 9 + [1] * 3 + [2] * 2)
     one = script.SAMPLERS[name](y, 3, generator())
     one.draw(7)
-    state, random = one.state_dict(), one.generator.get_state()
-    state = {key: value.clone() for key, value in state.items()}
+    state, random = copy.deepcopy(one.state_dict()), one.generator.get_state()
     expected = one.draw(14)
     two = script.SAMPLERS[name](y, 3, generator(5))
     two.load_state_dict(state)

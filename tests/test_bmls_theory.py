@@ -146,15 +146,20 @@ def test_balanced_labels_keep_every_class_up_to_their_own_threshold(sampler):
 
 def test_mixed_label_probability():
     counts = np.array([6, 3, 1])
-    a, b, p = theory.mixed_label_probability(counts, "instance")
-    pool = np.repeat(range(3), counts)
-    for i, j, found in zip(a, b, p, strict=True):  # enumerate all pairs of images
-        assert found == pytest.approx(((pool[:, None] == i) & (pool == j)).mean())
-    a, b, p = theory.mixed_label_probability(counts, "balanced")
-    for i in range(3):
-        for j in range(i, 3):
-            assert p[((a == i) & (b == j)) | ((a == j) & (b == i))].sum() == pytest.approx(1 / 6)
-    assert theory.mixed_label_probability(counts, "class")[2] == pytest.approx([1 / 9] * 9)
+
+    def probability(sampler):
+        a, b, lam, p = theory.mixed_labels(counts, sampler)
+        assert (p * lam).sum() == pytest.approx(1 / 2)
+        found = np.zeros((3, 3))
+        np.add.at(found, (a, b), p)
+        return found
+
+    pool = np.repeat(range(3), counts)  # enumerate all pairs of images
+    pairs = [[((pool[:, None] == i) & (pool == j)).mean() for j in range(3)] for i in range(3)]
+    assert probability("instance") == pytest.approx(np.array(pairs))
+    assert probability("class") == pytest.approx(np.full((3, 3), 1 / 9))
+    p = probability("balanced")
+    assert np.triu(p + p.T - np.diag(p.diagonal()))[np.triu_indices(3)] == pytest.approx([1 / 6] * 6)
 
 
 # %% Mixup under a fixed ETF (Fisher, Meng, Papyan 2024): a feature with lam = 1/2 grows longer

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import common
 import etf_dr as script
-from common import load_dataset, long_tail_counts, split_evenly
+from common import cut_for_dry_run, load_dataset, long_tail_counts, split_evenly
 
 ROOT = Path(script.__file__).resolve().parent
 
@@ -155,35 +155,21 @@ def test_published_settings():
     assert script.parse(["--dataset", "svhnlt"]).net == "resnet32"
 
 
-@pytest.mark.parametrize("name, normalise", [("ce", "off"), ("ce", "on"), ("etf+dr", "off")])
-def test_heads(name, normalise):
-    args = script.parse(["--E-W", "4", "--normalise", normalise])
+@pytest.mark.parametrize("name", ["ce", "etf+dr"])
+def test_heads(name):
+    args = script.parse(["--E-W", "4"])
     model = script.build_model(args, script.METHODS[name], load_dataset("digitslt"))
     features = torch.rand(6, model["network"].d)
     h, W = model["classifier"](features)
-    if name == "ce" and normalise == "off":
+    assert model["classifier"].W.requires_grad == (name == "ce")
+    if name == "ce":
         assert torch.equal(h, features) and torch.equal(W, model["classifier"].W)
     else:
-        assert torch.allclose(h.norm(dim=1), torch.tensor(1.0)) and torch.allclose(
-            W.norm(dim=1), torch.tensor(2.0)
-        )
         assert (h < 0).any()  # BatchNorm has left the positive orthant
-    assert model["classifier"].W.requires_grad == (name == "ce")
-    if name != "ce":
+        assert torch.allclose(h.norm(dim=1), torch.tensor(1.0))
+        assert torch.allclose(W.norm(dim=1), torch.tensor(2.0))
         off = common.cosines(W)[~torch.eye(10, dtype=torch.bool)]
         assert torch.allclose(off, torch.tensor(-1 / 9, dtype=torch.float64), atol=1e-6)
-
-
-def test_a_projection_makes_room_for_more_classes():
-    data = load_dataset("digitslt")
-    args = script.parse(["--net", "resnet32", "--project", "9"])
-    h, W = script.build_model(args, script.METHODS["etf+dr"], data)["classifier"](torch.rand(3, 9))
-    assert W.shape == (10, 9)  # K - 1 dimensions are enough
-    args = script.parse(["--net", "resnet32", "--project", "150"])
-    model = script.build_model(args, script.METHODS["ce"], data)
-    h = model["network"](torch.randn(200, 1, 8, 8))
-    assert h.shape == (200, 150)
-    assert torch.linalg.matrix_rank(h.detach() - h.detach().mean(0)) > 64  # more than the network's 64
 
 
 @settings(max_examples=60, deadline=None)
@@ -338,7 +324,7 @@ def test_what_is_learnt_and_what_is_fixed(tmp_path, no_figures):
 
 
 def test_each_flag_changes_what_it_should(tmp_path, no_figures):
-    """--class-length is dr's, --reweight is ce's, --normalise is the learnable ce's."""
+    """--class-length is dr's, --reweight is ce's."""
 
     def weights(name, *flags):
         out = tmp_path / "-".join((name, *flags))
@@ -347,14 +333,36 @@ def test_each_flag_changes_what_it_should(tmp_path, no_figures):
 
     dr, ce = weights("etf+dr"), weights("ce")
     assert not np.array_equal(dr, weights("etf+dr", "--class-length", "off"))
-    assert np.array_equal(dr, weights("etf+dr", "--reweight", "on", "--normalise", "on"))
+    assert np.array_equal(dr, weights("etf+dr", "--reweight", "on"))
     assert not np.array_equal(ce, weights("ce", "--reweight", "on"))
     assert np.array_equal(ce, weights("ce", "--class-length", "off"))
 
 
+@pytest.mark.parametrize("name, flags", [("ce", ["--E-W", "4"]), ("etf+dr", ["--E-W", "9"])])
+def test_features_reproduce_the_logits_of_every_head(name, flags, tmp_path, no_figures):
+    """features.npz holds W at the length that the loss sees: h W^T is the network's own logit."""
+    script.main(["--method", name, "--dry-run", "--precision", "fp32", "--out", str(tmp_path), *flags])
+    folder = tmp_path / "dry-run" / "etf_dr" / "digitslt" / name / "seed0"
+    result, _, arrays, state = files(folder)
+    args = script.parse(["--method", name, *flags])
+    data = cut_for_dry_run(load_dataset("digitslt"), args.batch_size)
+    model = script.build_model(args, script.METHODS[name], data)
+    model.load_state_dict(state)
+    model.eval()
+    x = ((data.test_x / 255 - data.mean) / data.std).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        h = model["classifier"].bn(model["network"](x))
+        W = model["classifier"].W.detach()
+        if name != "ce":
+            h = h / h.norm(dim=1, keepdim=True)
+            W = float(flags[-1]) ** 0.5 * W / W.norm(dim=1, keepdim=True)
+    z = arrays["test_h"] @ arrays["W"].T
+    np.testing.assert_allclose(z, h @ W.T, rtol=1e-3, atol=1e-4)
+    assert (z.argmax(1) == arrays["test_y"]).mean() == pytest.approx(result["accuracy"])
+
+
 def test_dry_run_as_a_user_starts_it(tmp_path):
-    methods = ["ce", "etf+dr+mixup"]
-    argv = [sys.executable, ROOT / "etf_dr.py", "--dry-run", "--method", *methods, "--out", tmp_path]
+    argv = [sys.executable, ROOT / "etf_dr.py", "--dry-run", "--method", "etf+dr", "--out", tmp_path]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
@@ -363,19 +371,18 @@ def test_dry_run_as_a_user_starts_it(tmp_path):
     folder = tmp_path / "dry-run" / "etf_dr" / "digitslt"
     wanted = {"config.json", "metrics.jsonl", "result.json", "checkpoint.pt", "features.npz", "source.py"}
     figures = {"accuracy_by_class", "training", "class_vectors"}
-    for name in methods:
-        assert f"\n{name} " in done.stdout
-        made = {path.name for path in (folder / name / "seed0").iterdir()}
-        assert made >= wanted | {f"{figure}.png" for figure in figures}
+    assert "\netf+dr " in done.stdout
+    made = {path.name for path in (folder / "etf+dr" / "seed0").iterdir()}
+    assert made >= wanted | {f"{figure}.png" for figure in figures}
     for figure in figures:
         assert (folder / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
-    config = json.loads((folder / "ce" / "seed0" / "config.json").read_text())
-    assert config["flags"]["method"] == "ce" and config["hardware"] and config["versions"]["torch"]
+    config = json.loads((folder / "etf+dr" / "seed0" / "config.json").read_text())
+    assert config["flags"]["method"] == "etf+dr" and config["hardware"] and config["versions"]["torch"]
 
 
 @pytest.mark.parametrize("flags", [
     ["--profile", "step", "--eval-every", "3"], ["--dataset", "digits"],
-    ["--E-W", "256", "--project", "20", "--weight-decay", "0"], ["--net", "resnet32", "--width", "2"],
+    ["--E-W", "256", "--weight-decay", "0"], ["--net", "resnet32"],
 ])  # fmt: skip
 def test_every_flag_trains(flags, tmp_path, no_figures):
     script.main(["--method", "ce+mixup", "etf+ce", "--dry-run", "--out", str(tmp_path), *flags])
@@ -397,7 +404,6 @@ def test_a_finished_run_is_not_redone(tmp_path, capsys, no_figures):
     (["--dataset", "cifar1000"], ["--dataset cifar1000", "cifar100", "folder:PATH"]),
     (["--method", "mixup"], ["--method", "'mixup'", "etf+dr"]),
     (["--batch-size", "2"], ["--batch-size 2", "3 or more"]),
-    (["--project", "-1"], ["--project", "-1", "0 or more"]),
     (["--E-W", "nan"], ["--E-W", "nan", "above 0"]),
     (["--alpha", "inf"], ["--alpha", "inf", "above 0"]),
     (["--class-length", "sqrt"], ["--class-length", "'sqrt'", "off"]),
@@ -422,19 +428,20 @@ def test_one_class_is_none_to_tell_apart(folder, user_error):
         script.main(["--dataset", f"folder:{folder}", "--image-size", "8"])
 
 
-def test_fewer_features_than_an_etf_needs(tmp_path, user_error, no_figures):
+def test_fewer_features_than_an_etf_needs(tmp_path, user_error):
     rng = np.random.default_rng(0)
     arrays = {"classes": np.array([f"class {k}" for k in range(100)])}
-    for split, n in (("train", 200), ("test", 100)):
-        arrays[f"{split}_x"] = rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
-        arrays[f"{split}_y"] = np.arange(n) % 100
+    for split in ("train", "test"):
+        arrays[f"{split}_x"] = rng.integers(0, 256, (100, 32, 32, 3), dtype=np.uint8)
+        arrays[f"{split}_y"] = np.arange(100)
     np.savez(tmp_path / "cifar100.npz", **arrays)
-    argv = ["--dataset", "cifar100", "--data-dir", str(tmp_path), "--out", str(tmp_path / "o"), "--dry-run"]
-    argv += ["--width", "1"]
-    with user_error("100 classes", "99", "64", "--width", "--project 100"):
-        script.main(argv)
+    argv = ["--dataset", "cifar100", "--data-dir", str(tmp_path), "--out", str(tmp_path / "o")]
+    with user_error("100 classes", "99", "64", "--width"):
+        script.main([*argv, "--width", "1"])
     assert not (tmp_path / "o").exists()
-    script.main([*argv, "--method", "etf+dr", "--project", "99"])
+    args = script.parse(argv)  # --width 2 is CIFAR-100's own
+    model = script.build_model(args, script.METHODS["etf+dr"], load_dataset("cifar100", tmp_path))
+    assert model["classifier"].W.shape == (100, 128)
 
 
 def test_a_loss_that_is_not_finite(tmp_path, user_error):
