@@ -658,30 +658,37 @@ def measure(model: nn.ModuleDict, data: Dataset, run: Run) -> dict:
     }
 
 
+# [copied: draw_figures]
 def draw_figures(folder: Path, runs: list[Run]) -> None:
     """Three figures of finished runs, methods side by side; means over seeds, heat maps of the first seed."""
     n = np.array(runs[0].finished["counts"])
     order = np.argsort(-n, kind="stable")  # largest class first
     groups = np.array_split(order, min(10, len(order)))  # ten groups of classes, also for 100 classes
+    file, key, factor, label = PROGRESS
     over_epochs, maps, by_class = {}, {}, {}
     for name in METHODS:
         found = [run for run in runs if run.name == name]
         if not found:
             continue
         tested = [[line for line in run.history if "accuracy" in line] for run in found]
-        accuracy = 100 * np.mean([[line["accuracy"] for line in lines] for lines in tested], axis=0)
-        over_epochs[name] = [line["epoch"] for line in tested[0]], accuracy
+        values = factor * np.mean([[line[key] for line in lines] for lines in tested], axis=0)
+        over_epochs[name] = [line["epoch"] for line in tested[0]], values
         maps[name] = cosines(torch.from_numpy(found[0].load_features()["W"][order])).numpy()
         np.fill_diagonal(maps[name], np.nan)
         accuracy = 100 * np.mean([run.finished["per_class"] for run in found], axis=0)
         by_class[name] = [n[g].mean() for g in groups], [np.nanmean(accuracy[g]) for g in groups]
 
     style = styles(METHODS)
-    curves(folder / "training.png", over_epochs, style, xlabel="epoch", ylabel="test accuracy (%)")
+    curves(folder / file, over_epochs, style, xlabel="epoch", ylabel=label)
     axes = {"xlabel": "class, largest first", "ylabel": "class, largest first"}
     heat_maps(folder / "class_vectors.png", maps, label="cosine", limits=(-1, 1), diverging=True, **axes)
     axes = {"xlabel": "training images of the class", "ylabel": "test accuracy (%)", "xscale": "log"}
     curves(folder / "accuracy_by_class.png", by_class, style, **axes)
+
+
+# [end copied]
+# What is drawn over epochs: the file, the entry of metrics.jsonl, its factor and label
+PROGRESS = "training.png", "accuracy", 100, "test accuracy (%)"
 
 
 def print_results(runs: list[Run], folder: Path) -> None:
