@@ -2,6 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch", "torchvision", "numpy", "matplotlib", "scikit-learn", "tqdm"]
 # ///
+
 # %% [markdown]
 """Inter-class collapse in continual learning, and a remedy: the Fixed Non-negative Orthogonal classifier.
 

@@ -2,6 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch", "torchvision", "numpy", "matplotlib", "scikit-learn", "tqdm"]
 # ///
+
 # %% [markdown]
 """Neural collapse: how to measure it, and what it hides.
 
