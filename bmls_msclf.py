@@ -30,7 +30,7 @@ vector lam w_i + (1-lam) w_j.
     unit    the same softmax over mixed vectors of unit length    O(K^2) per sample
     dot     L = 1/2 (h . v/||v|| - 1)^2, v the mixed vector       no negatives: needs a fixed classifier
 
-    python bmls_msclf.py                                          digits, long-tailed; a minute on two cores
+    python bmls_msclf.py                                          digits, long-tailed; two minutes at most
     python bmls_msclf.py --synthetic                              the theory above, claim by claim
     python bmls_msclf.py --dataset cifar100lt --method ce mixup cb-mixup bmls bmls+ms --seed 0 1 2
     torchrun --nproc-per-node 4 bmls_msclf.py --dataset folder:PATH       four GPUs

@@ -1287,6 +1287,7 @@ class Claims:
 
     def __init__(self):
         self.passed: list[bool] = []
+        torch.set_num_threads(1)  # on small matrices more of them only wait for each other
         print(f"{'claim':<66}{'theory':>9}{'measured':>10}{'error':>9}{'tolerance':>10}  ok")
 
     def equal(self, claim: str, theory: float, measured: float, tolerance: float) -> None:
