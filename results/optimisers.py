@@ -1,0 +1,42 @@
+"""NC0 over the epochs by optimiser: who brings the class vectors' sum to 0?
+
+    python results/optimisers.py runs/nc_metrics --figure results/nc_optimisers.png
+
+Reads metrics.jsonl of every finished run of nc_metrics.py below the folder.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import Run, command_line, curves, styles, table
+
+NAMES = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}
+
+
+def main(argv: list[str] | None = None) -> dict:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="run folders of nc_metrics.py")
+    parser.add_argument("--figure", type=Path, required=True, help="PNG to write")
+    args = parser.parse_args(argv)
+    runs = [Run(path.parent) for path in sorted(args.folder.rglob("result.json"))]
+    by_name = {NAMES[run.config["flags"]["optimizer"]]: run for run in runs}
+    points = {}
+    rows = []
+    for name in [name for name in NAMES.values() if name in by_name]:
+        run = by_name[name]
+        lines = [line for line in run.history if "nc0" in line]
+        points[name] = [line["epoch"] for line in lines], [line["nc0"] for line in lines]
+        cells = [run.finished[key] for key in ("nc0", "nc1", "nc2_equiangular_M", "nc3", "nc4")]
+        rows.append([name, f"{100 * run.finished['accuracy']:.1f}", *(f"{value:.2g}" for value in cells)])
+    print(table(["optimiser", "accuracy", "NC0", "NC1", "NC2", "NC3", "NC4"], rows))
+    axes = {"xlabel": "epoch", "ylabel": "NC0: squared length of the class vectors' sum, over K"}
+    curves(args.figure, points, styles(points), yscale="log", **axes)
+    return {}
+
+
+if __name__ == "__main__":
+    command_line(main)
