@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> dict:
         cells = [run.finished[key] for key in ("nc0", "nc1", "nc2_equiangular_M", "nc3", "nc4")]
         rows.append([name, f"{100 * run.finished['accuracy']:.1f}", *(f"{value:.2g}" for value in cells)])
     print(table(["optimiser", "accuracy", "NC0", "NC1", "NC2", "NC3", "NC4"], rows))
-    axes = {"xlabel": "epoch", "ylabel": "NC0: squared length of the class vectors' sum, over K"}
+    axes = {"xlabel": "epoch", "ylabel": "NC0: |sum of class vectors|² / K"}
     curves(args.figure, points, styles(points), yscale="log", **axes)
     return {}
 
