@@ -125,7 +125,8 @@ class BalancedMixedLabelSampler:
         while len(self.sweep) < T:
             order = torch.randperm(len(self.pairs), generator=self.generator)
             self.sweep = torch.cat([self.sweep, self.pairs[order]])
-        labels, self.sweep = self.sweep[:T], self.sweep[T:]
+        labels = self.sweep[:T]
+        self.sweep = self.sweep[T:]
         if self.toss:  # a batch shares lam: a coin decides who gets lam and who 1 - lam, not i < j
             swap = torch.rand(T, 1, generator=self.generator) < 0.5
             labels = torch.where(swap, labels.flip(1), labels)
@@ -137,7 +138,8 @@ class BalancedMixedLabelSampler:
             order = torch.randperm(len(self.cycles[k]), generator=self.generator)
             self.cycles[k] = self.cycles[k][order]
             self.left[k] = torch.cat([self.left[k], self.cycles[k]])
-        images, self.left[k] = self.left[k][:n], self.left[k][n:]
+        images = self.left[k][:n]
+        self.left[k] = self.left[k][n:]
         return images
 
     def state_dict(self) -> dict:
@@ -268,6 +270,7 @@ from common import (
     open_run,
     positive,
     prepare_data,
+    ranks,
     shot_groups,
     split_evenly,
     styles,
@@ -424,7 +427,8 @@ class Block(nn.Module):
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.stride, self.new = stride, channels - channels_in
+        self.stride = stride
+        self.new = channels - channels_in
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
@@ -447,7 +451,8 @@ class ResNet32(nn.Module):
         self.d = stages[-1]
         self.conv = nn.Conv2d(channels, stages[0], 3, padding=1, bias=False)
         self.bn = nn.BatchNorm2d(stages[0])
-        blocks, now = [], stages[0]
+        blocks = []
+        now = stages[0]
         for stage, c in enumerate(stages):
             for i in range(5):
                 blocks.append(Block(now, c, stride=2 if stage and i == 0 else 1))
@@ -526,6 +531,9 @@ def build_model(args: argparse.Namespace, method: "Method", data: Dataset) -> nn
     if fixed and network.d < K - 1:
         raise UserError(f"--classifier etf: {K} classes need {K - 1} feature dimensions, not {network.d}")
     cosine = fixed or (method.loss == "ms" and args.ms != "raw")
+    least = 3 * ranks()[1]  # cut evenly, no batch holds a single image then, which BatchNorm1d cannot use
+    if cosine and args.batch_size < least:
+        raise UserError(f"--batch-size {args.batch_size}: expected {least} or more for a cosine head")
     classifier = Classifier(K, network.d, cosine, fixed, args.scale)
     return nn.ModuleDict({"network": network, "classifier": classifier})
 
@@ -712,7 +720,9 @@ def draw_figures(folder: Path, runs: list[Run]) -> None:
     order = np.argsort(-n, kind="stable")  # largest class first
     groups = np.array_split(order, min(10, len(order)))  # ten groups of classes, also for 100 classes
     file, key, factor, label = PROGRESS
-    over_epochs, maps, by_class = {}, {}, {}
+    over_epochs = {}
+    maps = {}
+    by_class = {}
     for name in METHODS:
         found = [run for run in runs if run.name == name]
         if not found:

@@ -124,12 +124,14 @@ def load_dataset(
     base, long_tailed, path = split_name(name)
     if base == "folder":
         arrays = _read_folder(Path(path), image_size, test_share)
-        pad, flip = image_size // 8, True
+        pad = image_size // 8
+        flip = True
     elif test_share:
         raise UserError(f"--test-share {test_share:g}: {base} has test images; only a folder may need it")
     else:
         arrays = _read_named(base, Path(data_dir).expanduser())
-        pad, flip = SPECS[base].pad, SPECS[base].flip
+        pad = SPECS[base].pad
+        flip = SPECS[base].flip
     mean, std = _channel_statistics(arrays["train_x"])
     data = Dataset(**arrays, mean=mean, std=std, pad=pad, flip=flip, fingerprint=_fingerprint(arrays))
     if len(data.classes) < 2:
@@ -143,7 +145,8 @@ def load_dataset(
         return data
     keep = long_tail_subset(data.train_y, len(data.classes), imbalance, profile, by_count=base == "folder")
     data = data._replace(train_x=data.train_x[keep], train_y=data.train_y[keep])
-    most, least = data.counts.max(), data.counts.min()
+    most = data.counts.max()
+    least = data.counts.min()
     if abs(most / least / imbalance - 1) > 0.1:
         _note(f"{name}: {most} to {least} images a class, a ratio of {most / least:.4g}, not {imbalance:g}")
     return data
@@ -221,11 +224,14 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
 
 def _checked(arrays: dict[str, np.ndarray], spec: Spec, where: str) -> dict:
     """The fields of a Dataset: tensors, and names as text. UserError for a wrong shape, type or label."""
-    K, names, wrong = spec.classes, arrays["classes"], ""
+    K = spec.classes
+    names = arrays["classes"]
+    wrong = ""
     if names.shape != (K,):
         wrong = f"classes has shape {names.shape}, expected the names of {K} classes"
     for split in ("train", "test"):
-        x, y = arrays[f"{split}_x"], arrays[f"{split}_y"]
+        x = arrays[f"{split}_x"]
+        y = arrays[f"{split}_y"]
         if x.dtype != np.uint8 or x.shape[1:] != spec.shape or len(x) == 0:
             expected = f"(N, {', '.join(map(str, spec.shape))}) uint8, N > 0"
             wrong = f"{split}_x is {x.shape} {x.dtype}, expected {expected}"
@@ -382,13 +388,15 @@ def _find_images(root: Path, left_out: Counter) -> dict[str, list[str]]:
 def _split_by_class(found: dict[str, list[str]], test_share: float) -> list[dict[str, list[str]]]:
     """Training and test files of each class, drawn once and for all; one image stays for each of the two."""
     generator = torch.Generator().manual_seed(0)
-    train, test = {}, {}
+    train = {}
+    test = {}
     for name, files in found.items():
         drawn = [files[i] for i in torch.randperm(len(files), generator=generator).tolist()]
         if len(drawn) < 2:
             raise UserError(f"--test-share {test_share:g}: class {name} has one image; expected two or more")
         n = min(max(round(test_share * len(drawn)), 1), len(drawn) - 1)
-        train[name], test[name] = sorted(drawn[n:]), sorted(drawn[:n])
+        train[name] = sorted(drawn[n:])
+        test[name] = sorted(drawn[:n])
     return [train, test]
 
 
@@ -441,7 +449,8 @@ def keep_per_class(y: Tensor, n: int, seed: int = 0) -> Tensor:
 def cut_for_dry_run(data: Dataset, batch_size: int) -> Dataset:
     """Two batches of training images or a few more, some of every class, and as many test images."""
     n = 2 * batch_size // len(data.classes)
-    train, test = keep_per_class(data.train_y, n), keep_per_class(data.test_y, n)
+    train = keep_per_class(data.train_y, n)
+    test = keep_per_class(data.test_y, n)
     data = data._replace(train_x=data.train_x[train], train_y=data.train_y[train])
     return data._replace(test_x=data.test_x[test], test_y=data.test_y[test])
 
@@ -523,7 +532,9 @@ class Batches:
         device: torch.device | str = "cpu",
     ):
         self.N, self.H, self.W, self.C = images.shape
-        self.pad, self.flip, self.device = pad, flip, torch.device(device)
+        self.pad = pad
+        self.flip = flip
+        self.device = torch.device(device)
         self.down = torch.arange(self.H, device=device) * (self.W + 2 * pad)  # (H,): from row to row
         self.files = images if isinstance(images, FolderImages) else None
         self.rows = None if self.files else self._all_rows(images)
@@ -582,7 +593,8 @@ class Batches:
     def _crop(self, rows: Tensor, views: Tensor) -> Tensor:
         """The views (4, B), normalised: (B, C, H, W) float32, channels_last in memory."""
         image, top, left, mirror = views
-        height, width = self.H + 2 * self.pad, self.W + 2 * self.pad
+        height = self.H + 2 * self.pad
+        width = self.W + 2 * self.pad
         first = (image * height + top) * width + left  # (B,): the crop's first pixel
         x = rows[first[:, None] + self.down]  # (B, H) rows -> (B, H, W * C)
         if self.flip:
@@ -593,11 +605,13 @@ class Batches:
 
     def _read(self, index: Tensor, views: list[Tensor], parts: list[slice]) -> Iterator:
         """The same from files: other processes decode a part's images, which are then padded and cropped."""
-        files, size = self.files.files, self.files.size
+        files = self.files.files
+        size = self.files.size
         columns = index.view(len(index), -1)
         requests = [([files[i] for i in columns[part].T.flatten().tolist()], size) for part in parts]
         for pixels, part in zip(_read_ahead(requests), parts, strict=True):
-            rows, B = self._all_rows(torch.from_numpy(pixels)), part.stop - part.start
+            rows = self._all_rows(torch.from_numpy(pixels))
+            B = part.stop - part.start
             batch = [column[:, part].clone() for column in views]
             for i, column in enumerate(batch):
                 column[0] = torch.arange(i * B, (i + 1) * B)  # the image's place among those just read
@@ -627,7 +641,8 @@ class FolderImages:
     """
 
     def __init__(self, files: list[str], size: int):
-        self.files, self.size = files, size
+        self.files = files
+        self.size = size
         self.shape = (len(files), size, size, 3)
 
     def __len__(self) -> int:
@@ -673,7 +688,8 @@ def _read_image(file: str, size: int) -> np.ndarray:
 
 def _to_8_bits(values: np.ndarray, white: int) -> np.ndarray:
     """Grey values 0 to white -> 0 to 255."""
-    low, high = values.min(), values.max()
+    low = values.min()
+    high = values.max()
     if not 0 <= low <= high <= white:  # also for nan
         raise ValueError(f"grey values {low:g} to {high:g}, expected 8 or 16 bits, or 0 to 1")
     return np.round(255 * (values / white)).astype(np.uint8)
@@ -1192,7 +1208,9 @@ def _nearest_point(D: Tensor, tolerance: float, steps: int) -> tuple[float, floa
     rows = D.norm(dim=1).argmin()[None]
     u = D[rows[0]]
     w = u.new_ones(1)
-    upper, gap, joining = u.norm(), u.norm(), 1
+    upper = u.norm()
+    gap = u.norm()
+    joining = 1
     for _ in range(steps):
         if gap <= tolerance:
             break
@@ -1202,7 +1220,8 @@ def _nearest_point(D: Tensor, tolerance: float, steps: int) -> tuple[float, floa
         exact /= exact.sum()
         if exact.min() < 0:
             w += (w / (w - exact))[exact < 0].min() * (exact - w)
-            rows, w = rows[w > 1e-14], w[w > 1e-14]
+            rows = rows[w > 1e-14]
+            w = w[w > 1e-14]
             continue
         w = exact
         u = w @ D[rows]
@@ -1268,7 +1287,8 @@ def clustering_agreement(cluster, y) -> dict[str, float]:
     from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
     from sklearn.metrics.cluster import contingency_matrix
 
-    cluster, y = np.asarray(cluster), np.asarray(y)
+    cluster = np.asarray(cluster)
+    y = np.asarray(y)
     table = contingency_matrix(y, cluster)  # (classes, clusters)
     best = table[linear_sum_assignment(table, maximize=True)].sum()
     return {
@@ -1845,7 +1865,8 @@ def _clear(folder: Path) -> None:
 def _check_same(run: Run, flags: dict, data: Dataset) -> None:
     before = run.config.get("flags", {})
     for flag in sorted((before.keys() | flags.keys()) - NOT_IN_CONFIG):
-        old, new = before.get(flag), flags.get(flag)
+        old = before.get(flag)
+        new = flags.get(flag)
         if old != new:
             name = f"--{flag.replace('_', '-')}"
             instead = f"give the same {name}, --overwrite it or choose another --out"

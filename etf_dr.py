@@ -249,7 +249,8 @@ def optimal_loss(K: int, E: float) -> float:
 def check_theory(folder: Path) -> dict:
     """Print the chapter's claims, each against direct optimisation; draw simplex.png."""
     K = 10
-    E_W, E_H = 1, 5  # the setting of Fang et al.
+    E_W = 1
+    E_H = 5  # the setting of Fang et al.
     counts = [100] * 5 + [1] * 5
     claims = Claims()
 
@@ -333,7 +334,8 @@ class Block(nn.Module):
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.stride, self.new = stride, channels - channels_in
+        self.stride = stride
+        self.new = channels - channels_in
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
@@ -356,7 +358,8 @@ class ResNet32(nn.Module):
         self.d = stages[-1]
         self.conv = nn.Conv2d(channels, stages[0], 3, padding=1, bias=False)
         self.bn = nn.BatchNorm2d(stages[0])
-        blocks, now = [], stages[0]
+        blocks = []
+        now = stages[0]
         for stage, c in enumerate(stages):
             for i in range(5):
                 blocks.append(Block(now, c, stride=2 if stage and i == 0 else 1))
@@ -642,7 +645,9 @@ def draw_figures(folder: Path, runs: list[Run]) -> None:
     order = np.argsort(-n, kind="stable")  # largest class first
     groups = np.array_split(order, min(10, len(order)))  # ten groups of classes, also for 100 classes
     file, key, factor, label = PROGRESS
-    over_epochs, maps, by_class = {}, {}, {}
+    over_epochs = {}
+    maps = {}
+    by_class = {}
     for name in METHODS:
         found = [run for run in runs if run.name == name]
         if not found:

@@ -320,7 +320,9 @@ def toy_stream(kind: str, mask: bool, steps: int = 200) -> list[float]:
 
     Two classes per task, one layer h = relu(V x), no buffer, full-batch gradient descent, float64.
     """
-    K, d, D = 4, 40, 20
+    K = 4
+    d = 40
+    D = 20
     generator = torch.Generator().manual_seed(0)
     y = torch.arange(K).repeat_interleave(50)
     x = 2 * torch.eye(K, D, dtype=torch.float64)[y] + 1  # + 1: a direction that all share; tasks interfere

@@ -264,7 +264,8 @@ def layer_peeled_hug(n: list[int], d: int, alpha: float, beta: float) -> tuple[T
     K = len(n)
     y = torch.arange(K).repeat_interleave(torch.tensor(n))
     W, H = (torch.randn(rows, d, generator=generator, dtype=torch.float64) for rows in (K, len(y)))
-    W, H = F.normalize(W), F.normalize(H)  # lengths of 1 condition what follows
+    W = F.normalize(W)
+    H = F.normalize(H)  # lengths of 1 condition what follows
 
     def loss(W, H):
         w = F.normalize(W)
@@ -566,7 +567,8 @@ def within_classes(h: Tensor, y: Tensor, K: int) -> float:
 def embed(model: nn.ModuleDict, images: Tensor, data: Dataset, run: Run) -> tuple[Tensor, Tensor]:
     """Features h (N, d) and logits z (N, K) of every image, in order."""
     model.eval()
-    hs, zs = [], []
+    hs = []
+    zs = []
     loader = Batches(images, data.mean, data.std, device=run.device)
     for _, x in loader.all():
         with run.autocast():

@@ -367,7 +367,8 @@ class Block(nn.Module):
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.stride, self.new = stride, channels - channels_in
+        self.stride = stride
+        self.new = channels - channels_in
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
@@ -390,7 +391,8 @@ class ResNet32(nn.Module):
         self.d = stages[-1]
         self.conv = nn.Conv2d(channels, stages[0], 3, padding=1, bias=False)
         self.bn = nn.BatchNorm2d(stages[0])
-        blocks, now = [], stages[0]
+        blocks = []
+        now = stages[0]
         for stage, c in enumerate(stages):
             for i in range(5):
                 blocks.append(Block(now, c, stride=2 if stage and i == 0 else 1))
@@ -600,7 +602,8 @@ def measure_splits(arrays: dict[str, Tensor], K: int, few: Tensor | None = None)
     found = {}
     for split in ("train", "test"):
         if f"{split}_h" in arrays:
-            h, y = arrays[f"{split}_h"], arrays[f"{split}_y"]
+            h = arrays[f"{split}_h"]
+            y = arrays[f"{split}_y"]
             found[split] = measure(h, y, K, W, arrays.get("b"), means, few)
     for key in [key for key in found.get("test", {}) if key == "nc0" or key.endswith("_W")]:
         del found["test"][key]

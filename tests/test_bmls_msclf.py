@@ -455,3 +455,11 @@ def test_the_remedy_helps_the_few_on_digits(tmp_path, no_figures):
     mixup, remedy = script.main(argv)["results"]
     assert remedy["few"] > mixup["few"] + 0.2
     assert remedy["minority_cosine_W"] < mixup["minority_cosine_W"]
+
+
+def test_a_batch_of_one_image_is_refused_where_batchnorm_cannot_use_it(user_error, tmp_path):
+    """1,437 images cut evenly in batches of two leave one of a single image."""
+    argv = ["--dataset", "digits", "--epochs", "1", "--batch-size", "2", "--out", str(tmp_path)]
+    with user_error("--batch-size 2", "3"):
+        script.main([*argv, "--method", "bmls+ms", "--ms", "unit"])
+    assert not list(tmp_path.rglob("config.json"))
