@@ -2,9 +2,10 @@
 
     python results/three_collapses.py JOINT STREAM RARE --figure results/three_collapses.png
 
-JOINT and STREAM are runs of fno_continual.py (joint-learnable/seed0, sgd-learnable/seed0), RARE is one of
-bmls_msclf.py (mixup/seed0). Left and middle: cosines between test features, a dozen of each class, about the
-mean of all. Right: cosines between class vectors. Reads features.npz, trains nothing.
+JOINT and STREAM are runs of `fno_continual.py --method joint sgd` (joint-learnable/seed0 and
+sgd-learnable/seed0), RARE is one of `bmls_msclf.py --method mixup` (mixup/seed0), all on digits. Left and
+middle: cosines between test features, a dozen of each class, about the mean of all. Right: cosines between
+class vectors. Reads features.npz, trains nothing.
 """
 
 import argparse
