@@ -246,14 +246,16 @@ from typing import NamedTuple
 from torch import nn
 
 from common import (
+    HEADS,
     Arguments,
     Batches,
     Claims,
     Dataset,
     Run,
     UserError,
-    accuracy_per_class,
+    accuracies,
     at_least,
+    bars,
     collapse_metrics,
     command_line,
     cosines,
@@ -667,23 +669,6 @@ def embed(model: nn.ModuleDict, images: Tensor, data: Dataset, run: Run) -> tupl
     return torch.cat(hs).to(where), (model["classifier"].scale * W).to(where)
 
 
-# [copied: accuracies]
-def accuracies(z: Tensor, y: Tensor, counts: Tensor) -> dict:
-    """Accuracy of logits z (N, K): overall, by class size, per class; counts (K,): training images."""
-    prediction = z.argmax(1)
-    per_class = accuracy_per_class(prediction, y, len(counts))
-    groups, rule = shot_groups(counts)
-    return {
-        "accuracy": float((prediction == y).double().mean()),
-        **{group: float(per_class[members].nanmean()) for group, members in groups.items()},
-        "rule": rule,
-        "per_class": per_class.tolist(),
-    }
-
-
-# [end copied]
-
-
 def test(model: nn.ModuleDict, data: Dataset, run: Run) -> dict[str, float]:
     """Test accuracy, overall and by class size, and how far the rare classes' vectors have collapsed."""
     h, W = embed(model, data.test_x, data, run)
@@ -716,13 +701,11 @@ def measure(model: nn.ModuleDict, data: Dataset, run: Run) -> dict:
 # [copied: draw_figures]
 def draw_figures(folder: Path, runs: list[Run]) -> None:
     """Three figures of finished runs, methods side by side; means over seeds, heat maps of the first seed."""
-    n = np.array(runs[0].finished["counts"])
-    order = np.argsort(-n, kind="stable")  # largest class first
-    groups = np.array_split(order, min(10, len(order)))  # ten groups of classes, also for 100 classes
+    order = np.argsort(-np.array(runs[0].finished["counts"]), kind="stable")  # largest class first
     file, key, factor, label = PROGRESS
     over_epochs = {}
     maps = {}
-    by_class = {}
+    by_head = {title: {} for title in HEADS.values()}  # {head: {method: accuracy of every seed}}
     for name in METHODS:
         found = [run for run in runs if run.name == name]
         if not found:
@@ -732,15 +715,14 @@ def draw_figures(folder: Path, runs: list[Run]) -> None:
         over_epochs[name] = [line["epoch"] for line in tested[0]], values
         maps[name] = cosines(torch.from_numpy(found[0].load_features()["W"][order])).numpy()
         np.fill_diagonal(maps[name], np.nan)
-        accuracy = 100 * np.mean([run.finished["per_class"] for run in found], axis=0)
-        by_class[name] = [n[g].mean() for g in groups], [np.nanmean(accuracy[g]) for g in groups]
+        for head, title in HEADS.items():
+            by_head[title][name] = [100 * run.finished["heads"][head] for run in found]
 
     style = styles(METHODS)
     curves(folder / file, over_epochs, style, xlabel="epoch", ylabel=label)
     axes = {"xlabel": "class, largest first", "ylabel": "class, largest first"}
     heat_maps(folder / "class_vectors.png", maps, label="cosine", limits=(-1, 1), diverging=True, **axes)
-    axes = {"xlabel": "training images of the class", "ylabel": "test accuracy (%)", "xscale": "log"}
-    curves(folder / "accuracy_by_class.png", by_class, style, **axes)
+    bars(folder / "heads.png", by_head, styles(by_head), ylabel="test accuracy (%)", ylim=(0, 100))
 
 
 # [end copied]
@@ -773,7 +755,7 @@ cos few: mean cosine of the few's class vectors; 1: minority collapse, -1/(K-1):
     print(f"""figures in {folder}:
   minority_cosine.png    cosine of the rare classes' vectors over epochs: 1 is collapse
   class_vectors.png      cosines of class vectors: a red block at the lower right is minority collapse
-  accuracy_by_class.png  what it costs: accuracy by class size""")
+  heads.png              what the same features give under other heads, without training""")
 
 
 # %% [markdown]
@@ -816,7 +798,6 @@ def main(argv: list[str] | None = None) -> dict:
             run = open_run(args, name, seed, data)
             if not run.finished:
                 run.finish(train(args, name, seed, data, run))
-                draw_figures(run.folder, [run])
             runs.append(run)
     print_results(runs, args.folder)
     draw_figures(args.folder, finished_runs(args, runs))

@@ -797,6 +797,27 @@ def expected_calibration_error(probability: Tensor, y: Tensor, bins: int = 15) -
     return float(gap.abs().sum() / len(y))
 
 
+def accuracies(z: Tensor, y: Tensor, counts: Tensor) -> dict:
+    """Accuracy of logits z (N, K): overall, by class size, per class; counts (K,): training images."""
+    prediction = z.argmax(1)
+    per_class = accuracy_per_class(prediction, y, len(counts))
+    groups, rule = shot_groups(counts)
+    return {
+        "accuracy": float((prediction == y).double().mean()),
+        **{group: float(per_class[members].nanmean()) for group, members in groups.items()},
+        "rule": rule,
+        "per_class": per_class.tolist(),
+    }
+
+
+HEADS = {  # on the same features; in figures
+    "own": "its own head",
+    "minus_log_n": "less log n",
+    "equal_length": "equal lengths",
+    "nearest_mean": "nearest class mean",
+}
+
+
 def heads(train_h, train_y, test_h, test_y, W, b=None) -> dict[str, float]:
     """Test accuracy that trained features give under other heads, without any training.
 
@@ -1931,6 +1952,24 @@ def curves(path: Path, points: dict[str, tuple], style: dict[str, dict], **axes)
         plot.plot(x, y, label=name, markevery=max(1, len(x) // 10), **style[name])
     plot.set(**axes)
     plot.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", frameon=False)
+    save_figure(path, figure)
+
+
+def bars(path: Path, found: dict[str, dict[str, list[float]]], style: dict[str, dict], **axes) -> None:
+    """Groups of bars, {bar: {group: values over seeds}}: means, with the sample std as a whisker."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    plot = figure.subplots()
+    groups = list(dict.fromkeys(group for values in found.values() for group in values))
+    width = 0.8 / len(found)
+    for i, (name, of_group) in enumerate(found.items()):
+        x = [groups.index(group) + (i + 0.5) * width - 0.4 for group in of_group]
+        mean = [np.mean(values) for values in of_group.values()]
+        std = [np.std(values, ddof=1) if len(values) > 1 else 0 for values in of_group.values()]
+        plot.bar(x, mean, width, yerr=std, color=style[name]["color"], label=name)
+    plot.set(xticks=range(len(groups)), xticklabels=groups, **axes)
     figure.legend(loc="outside right upper", frameon=False)
     save_figure(path, figure)
 
