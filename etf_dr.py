@@ -478,6 +478,7 @@ METHODS = {
     "etf+dr": Method(True, "dr", False, "fixed simplex ETF, dot-regression (both remedies)"),
     "etf+dr+mixup": Method(True, "dr", True, "the same with Mixup: the method as released"),
 }
+USUAL = ["ce", "etf+ce", "etf+dr"]  # what is trained without --method
 # h (B, d), W (K, d), y (B,), weight (B,) of each sample's loss, E_W -> scalar
 LOSSES = {
     "ce": lambda h, W, y, weight, E_W: cross_entropy_loss(h, W, y, weight),
@@ -643,7 +644,7 @@ def draw_figures(folder: Path, runs: list[Run]) -> None:
         for head, title in HEADS.items():
             by_head[title][name] = [100 * run.finished["heads"][head] for run in found]
 
-    style = styles(METHODS)
+    style = styles(dict.fromkeys([*USUAL, *METHODS]))  # the strongest colours first
     curves(folder / file, over_epochs, style, xlabel="epoch", ylabel=label)
     axes = {"xlabel": "class, largest first", "ylabel": "class, largest first"}
     heat_maps(folder / "class_vectors.png", maps, label="cosine", limits=(-1, 1), diverging=True, **axes)
@@ -695,9 +696,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, with each default filled in and each value checked. Raises UserError."""
     about = {name: method.about for name, method in METHODS.items()}
     defaults = {"dataset": "digitslt", "eval_every": 10, "image_size": 224}
-    flags = Arguments(
-        "etf_dr", __doc__.partition("\n")[0], about, ["ce", "etf+ce", "etf+dr"], RECIPES, **defaults
-    )
+    flags = Arguments("etf_dr", __doc__.partition("\n")[0], about, USUAL, RECIPES, **defaults)
     add = flags.add
     add("--net", choices=list(NETWORKS), help="network")
     add("--width", type=at_least(1), help="channels times this; not resnet50")

@@ -851,7 +851,7 @@ figures in {folder}:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, with every default filled in. Raises UserError."""
     about = {name: method.about for name, method in METHODS.items()}
-    usual = ["sgd", "er", "der++", "joint"]
+    usual = ["sgd", "er", "joint"]
     title = __doc__.partition("\n")[0]
     flags = Arguments("fno_continual", title, about, usual, RECIPES, eval_every=None)
     add = flags.add
