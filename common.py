@@ -1969,7 +1969,8 @@ def bars(path: Path, found: dict[str, dict[str, list[float]]], style: dict[str, 
         mean = [np.mean(values) for values in of_group.values()]
         std = [np.std(values, ddof=1) if len(values) > 1 else 0 for values in of_group.values()]
         plot.bar(x, mean, width, yerr=std, color=style[name]["color"], label=name)
-    plot.set(xticks=range(len(groups)), xticklabels=groups, **axes)
+    plot.set(**axes)
+    plot.set_xticks(range(len(groups)), groups, rotation=20, ha="right")
     figure.legend(loc="outside right upper", frameon=False)
     save_figure(path, figure)
 
