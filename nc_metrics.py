@@ -551,10 +551,7 @@ def measure_model(model: nn.ModuleDict, data: Dataset, run: Run) -> tuple[dict, 
 
 
 def plane(h: Tensor, y: Tensor) -> list:
-    """Forty features of each of the first three classes, in the plane of their means, for a picture.
-
-    The means are centred at 0 and have mean length 1; the first lies on the x axis.
-    """
+    """Forty features of each of the first three classes in the plane of their means, of mean length 1."""
     shown = y < 3
     sums = common.class_sums(h[shown], y[shown])
     axes = torch.linalg.qr(sums.centred[:2].T).Q / sums.centred.norm(dim=1).mean()  # (d, 2)
@@ -677,13 +674,12 @@ def draw_fine(run: Run, fine: Dataset) -> None:
 
 SHAPES = {"train_h": "Nd", "train_y": "N", "test_h": "nd", "test_y": "n", "W": "Kd", "b": "K"}
 LAYOUT = (
-    "expected an .npz file of train_h (N, d) float and train_y (N,) integers, and if there are any "
-    "test_h (n, d), test_y (n,), W (K, d), b (K,); labels count from 0: "
-    "np.savez('features.npz', train_h=h, train_y=y)"
+    "expected an .npz file of train_h (N, d) float and train_y (N,) integers, and if there are any test_h "
+    "(n, d), test_y (n,), W (K, d), b (K,); labels count from 0: np.savez('f.npz', train_h=h, train_y=y)"
 )
 
 
-def read_features(path: Path) -> tuple[dict[str, Tensor], int]:
+def read_features(path: Path, device: torch.device) -> tuple[dict[str, Tensor], int]:
     """The arrays of a features file, checked, and K. Raises UserError that names file, array and fault."""
 
     def require(ok: bool, what: str) -> None:
@@ -720,13 +716,12 @@ def read_features(path: Path) -> tuple[dict[str, Tensor], int]:
         require(ok, f"{split}_y has labels {y.min()} to {y.max()}, not 0 to {K - 1}")
         counts = np.bincount(y, minlength=K)
         require(counts.all(), f"class {counts.argmin()} has no sample in {split}_y")
-    return {key: torch.from_numpy(a) for key, a in found.items()}, K
+    return {key: torch.from_numpy(a).to(device) for key, a in found.items()}, K
 
 
 def measure_file(path: Path, device: torch.device) -> tuple[dict, dict[str, Tensor]]:
     """Every measure of a features file, {"K": ..., "train": {...}, "test": {...}}, and its arrays."""
-    found, K = read_features(path)
-    found = {key: array.to(common.metric_device(device)) for key, array in found.items()}
+    found, K = read_features(path, common.metric_device(device))
     N, d = found["train_h"].shape
     counts = torch.bincount(found["train_y"])
     few = common.shot_groups(counts)[0]["few"]
@@ -797,8 +792,8 @@ def print_measures(results: list[dict]) -> None:
             rows.append([text, *cells])
     print("\n" + table(["measure", *splits, "class vectors"], rows))
     angle = math.degrees(math.acos(-1 / (K - 1)))
-    print(f"""At full collapse all is 0, but for the rank, K - 1, and what a simplex has (K <= d + 1): angle
-{angle:.4g} degrees, cosine {-1 / (K - 1):.4g}, r^2 {2 * K / (K - 1):.4g}, one-vs-rest {K / (K - 1):.4g}.
+    print(f"""At full collapse all below accuracy is 0, but for the rank, K - 1, and the rows of a simplex:
+angle {angle:.4g}, cosine {-1 / (K - 1):.4g}, r^2 {2 * K / (K - 1):.4g}, one-vs-rest {K / (K - 1):.4g}.
 Means are centred, but for ZNC. Minority: the classes with fewest training images, two at least.
 nan: not defined, since nothing differs between classes or a vector is 0; VCI: d > {common.VCI_LARGEST_D}""")
 
