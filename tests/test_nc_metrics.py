@@ -442,8 +442,7 @@ def test_the_default_figures(tmp_path):
 
 @pytest.mark.parametrize("flags", [
     ["--dataset", "digitslt", "--coarse", "pairs"],
-    ["--augment", "--precision", "bf16", "--optimizer", "adam"],
-    ["--net", "resnet32", "--per-class", "2", "--optimizer", "adamw"],
+    ["--net", "resnet32", "--per-class", "2", "--optimizer", "adamw", "--augment", "--precision", "bf16"],
 ])  # fmt: skip
 def test_other_flags_train(flags, tmp_path, no_figures):
     script.main([*SHORT, "--epochs", "1", "--out", str(tmp_path), *flags])

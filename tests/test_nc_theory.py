@@ -141,7 +141,7 @@ def test_hidden_layers_hide_the_clusters_from_k_means():
     """One hidden layer: any k-means finds them. Two: not on raw features, which differ most in length."""
     shallow, deep = (
         {name: values[-1] for name, (_, values) in script.mixture(depth, steps, seed).items()}
-        for depth, steps, seed in ((1, 200, 0), (2, 400, 1))
+        for depth, steps, seed in ((1, 100, 0), (2, 400, 1))
     )
     assert shallow["purity, raw"] > 0.999
     assert deep["NC1"] < 0.05
