@@ -203,6 +203,20 @@ def around(means: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
     return h, torch.arange(K).repeat_interleave(2 * d)
 
 
+def peeled_optimum(K: int, n: int, lam: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The layer-peeled model, every feature free: optimal H (K n, d), class vectors W (K, d), labels."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(K).repeat_interleave(n)
+    W, H = (torch.randn(rows, 16, generator=generator, dtype=torch.float64) for rows in (K, K * n))
+
+    def loss(W: Tensor, H: Tensor) -> Tensor:
+        # L = 1/N sum_i CE(W h_i) + lam/2 (||W||^2 + 1/N sum_i ||h_i||^2)
+        return F.cross_entropy(H @ W.T, y) + lam / 2 * (W.square().sum() + H.square().sum() / len(y))
+
+    W, H = common.minimise(loss, W, H, steps=1500)
+    return H, W, y
+
+
 def mixture(depth: int, steps: int, seed: int) -> dict[str, tuple[list, list]]:
     """Curves over steps, NC1 and purity of k-means, where a ReLU network learns four clusters in two classes.
 
@@ -242,6 +256,10 @@ def check_theory(folder: Path) -> dict:
     sigma = 0.2
     claims = common.Claims()
     etf = simplex(K, d)
+
+    H, W, y = peeled_optimum(K, 4, 0.02)
+    worst = max(neural_collapse(H, W, y).values())
+    claims.equal("The layer-peeled model collapses wholly: largest of NC0 to NC4", 0, worst, 1e-6)
 
     # ETF means of norm r, covariance exactly sigma^2 I within, class vectors along the means: all is known
     h, y = around(r * etf, sigma)
@@ -791,11 +809,12 @@ def print_measures(results: list[dict]) -> None:
         if any(cells):
             rows.append([text, *cells])
     print("\n" + table(["measure", *splits, "class vectors"], rows))
-    angle = math.degrees(math.acos(-1 / (K - 1)))
-    print(f"""At full collapse all below accuracy is 0, but for the rank, K - 1, and the rows of a simplex:
-angle {angle:.4g}, cosine {-1 / (K - 1):.4g}, r^2 {2 * K / (K - 1):.4g}, one-vs-rest {K / (K - 1):.4g}.
+    cosine = -1 / (K - 1)
+    angle = math.degrees(math.acos(cosine))
+    print(f"""At full collapse all below accuracy is 0, but for the rank, K - 1, and what a simplex has (K <= d + 1):
+angle {angle:.4g}, cosine {cosine:.4g}, r^2 {2 - 2 * cosine:.4g}, one-vs-rest distance {1 - cosine:.4g}.
 Means are centred, but for ZNC. Minority: the classes with fewest training images, two at least.
-nan: not defined, since nothing differs between classes or a vector is 0; VCI: d > {common.VCI_LARGEST_D}""")
+nan: nothing differs between classes, or a vector is 0. VCI: left out for d > {common.VCI_LARGEST_D}""")
 
 
 def print_results(runs: list[Run], args: argparse.Namespace) -> None:
