@@ -40,23 +40,18 @@ a simplex ETF, as in neural collapse (NC), but not aligned with Q. `joint` shows
     python fno_continual.py --dataset cifar10 --method er der++ --buffer 200 500 --seed 0 1 2
 
 WHERE PAPER, CODE AND THIS FILE DIFFER.
-- The released "masked replay" of ER adds two means, CE_masked(current) + CE(buffer), from two forward passes;
-  plain ER takes one mean over both. So the mask comes with twice the gradient and with other BatchNorm
-  statistics. Here ER and ER-ACE take one mean in one pass, with mask or without (--replay mean). --replay sum
-  is masked ER as released and ER-ACE as published. DER++ is a sum by definition.
-- The released masked DER++ recomputes the logits it stores after the step; we store those of the step's
-  own forward pass, as plain DER++ does. Both are unmasked.
-- ER-ACE with --mask: a logit stays where both masks keep it. (Ours.) Its released mask keeps the highest
-  class seen even where the batch lacks it; ours follows the paper.
-- lr and DER++'s weights are the released ones for split MNIST, CIFAR-10 and CIFAR-100, whatever classifier
-  and mask (the released code tunes neither anew); other data have those of CIFAR-10. The network of split
-  MNIST is the released one: pixels in [0, 1], Glorot's start, a bias in the learnable classifier.
-- The number to beat on split CIFAR-10, class-IL in %, buffer 200 / 500: ProNC 72.7 / 79.4 (ICLR 2026, arXiv
-  2505.24254, table 1; not run here). It has DER++ 64.9 / 72.3 and NCT, a fixed simplex, 51.6 at 200.
-- Five seeds of split MNIST can be three points off together: give it ten.
-- All numbers are those after the last epoch of the last task; a best epoch would mean nothing here. Of the
-  several definitions of forgetting and backward transfer ours stand in stream_metrics in common.py.
-- A learnable or ETF classifier owns no dimensions; where features live is then counted by the largest w_kj.
+- The released masked ER adds two means of two forward passes, CE_masked(new) + CE(replayed); its plain ER
+  takes one mean of one pass. So its mask comes with twice the gradient and other BatchNorm statistics. Here
+  ER and ER-ACE take one mean, with mask or without; --replay sum adds two, which is masked ER as released
+  and ER-ACE as published. DER++ is a sum by definition.
+- The released masked DER++ computes the logits that it stores anew after the step; ours are those of the
+  step's own forward pass, as in plain DER++. Both are unmasked.
+- ER-ACE with --mask (ours): a logit stays where both masks keep it. The released mask of ER-ACE keeps the
+  highest class seen even where the batch lacks it; ours follows the paper.
+- lr and DER++'s weights are the released ones of split MNIST, CIFAR-10 and CIFAR-100 for every classifier
+  and mask; other data have those of CIFAR-10. The network of split MNIST is the released one: pixels in
+  [0, 1], Glorot's start, a bias in the learnable classifier.
+- All numbers are those after the last epoch of the last task; a best epoch would mean nothing here.
 """
 
 # %% [markdown]
@@ -87,42 +82,20 @@ def fno_classifier(K: int, d: int, generator: torch.Generator | None = None) -> 
     return Q / size.double().sqrt()[:, None]  # q_k = 1 on J_k, over sqrt|J_k|
 
 
-# [copied: simplex_etf]
-def simplex_etf(K: int, d: int, generator: torch.Generator | None = None) -> Tensor:
-    """Class vectors of a random simplex ETF: (K, d) float64, unit rows, every pairwise cosine -1/(K-1).
-
-    K unit vectors at equal angles span K - 1 dimensions. Raises ValueError for d < K - 1 (none exists).
-    """
-    if K < 2 or d < K - 1:
-        raise ValueError(f"a simplex ETF of {K} classes needs 2 classes and {K - 1} dimensions, not {d}")
-    # the centred basis sqrt(K/(K-1)) (I - 11^T/K) in K - 1 coordinates, then a random rotation into d
-    centred = torch.eye(K, dtype=torch.float64) - 1 / K
-    U = torch.linalg.svd(centred).U[:, : K - 1]  # (K, K-1), rows of squared norm (K-1)/K
-    Q = torch.linalg.qr(torch.randn(d, K - 1, generator=generator, dtype=torch.float64)).Q  # (d, K-1)
-    return math.sqrt(K / (K - 1)) * U @ Q.T
-
-
-# [end copied]
-
-
 class Classifier(nn.Module):
-    """z = W h + b, learnable; or z = w Q h, Q a fixed FNO or ETF classifier and w one learnable scalar.
-
-    Always in float32.
-    """
+    """z = W h + b, learnable; or z = w Q h, Q a fixed FNO classifier, w one learnable scalar. In float32."""
 
     def __init__(self, K: int, d: int, kind: str, bias: bool = False):
         super().__init__()
         self.w = 1.0
-        self.register_parameter("b", None)
-        if kind == "learnable":
+        self.b = None
+        if kind == "fno":
+            self.register_buffer("W", fno_classifier(K, d).float())
+            self.w = nn.Parameter(torch.ones(()))
+        else:
             self.W = nn.Parameter(torch.empty(K, d).uniform_(-1, 1) / math.sqrt(d))  # nn.Linear's start
             if bias:
                 self.b = nn.Parameter(torch.empty(K).uniform_(-1, 1) / math.sqrt(d))
-            return
-        Q = fno_classifier(K, d) if kind == "fno" else simplex_etf(K, d)
-        self.register_buffer("W", Q.float())
-        self.w = nn.Parameter(torch.ones(()))
 
     def forward(self, h: Tensor) -> Tensor:
         z = self.w * (h.float() @ self.W.T)  # (B, d) @ (d, K) -> (B, K)
@@ -145,7 +118,7 @@ def kept_logits(y: Tensor, task: Tensor, mask: bool, seen: Tensor | None = None)
     return keep
 
 
-class Reservoir:
+class Reservoir(nn.Module):
     """Buffer of M rows of a stream, any M of the n seen so far equally likely (Vitter 1985, algorithm R).
 
     A row is an image's index in the training set, so that each replay crops and flips it anew, and its
@@ -153,46 +126,40 @@ class Reservoir:
     """
 
     def __init__(self, M: int, K: int, generator: torch.Generator, device: torch.device | str = "cpu"):
+        super().__init__()
         self.generator = generator
-        self.seen = 0
-        self.index = torch.zeros(M, dtype=torch.long)
-        self.z = torch.zeros(M, K, device=device)
+        self.register_buffer("seen", torch.tensor(0))
+        self.register_buffer("index", torch.zeros(M, dtype=torch.long))
+        self.register_buffer("z", torch.zeros(M, K, device=device))
 
     def __len__(self) -> int:
-        return min(self.seen, len(self.index))
+        return min(int(self.seen), len(self.index))
 
     def add(self, index: Tensor, z: Tensor) -> None:
         """Offer B rows of the stream: index (B,) and logits z (B, K)."""
         M = len(self.index)
-        # row n of the stream (from 0) goes to place n; once full, to a place drawn from 0..n, if that is < M
-        n = self.seen + torch.arange(len(index))
-        drawn = (torch.rand(len(n), generator=self.generator, dtype=torch.float64) * (n + 1)).long()
-        place = torch.where(n < M, n, drawn).tolist()
-        self.seen += len(n)
-        last = {p: row for row, p in enumerate(place) if p < M}  # of two rows at one place the later stays
-        to = torch.tensor(list(last.keys()), dtype=torch.long)
-        row = torch.tensor(list(last.values()), dtype=torch.long)
-        self.index[to] = index[row]
-        self.z[to.to(z.device)] = z[row.to(z.device)]
+        drawn = torch.rand(len(index), generator=self.generator, dtype=torch.float64).tolist()
+        kept = {}  # {place in the buffer: row}; of two rows for one place the later one stays
+        for row, n in enumerate(range(self.seen, self.seen + len(index))):  # n: row of the stream, from 0
+            place = n if n < M else int(drawn[row] * (n + 1))  # once full: any of 0..n, kept if that is < M
+            if place < M:
+                kept[place] = row
+        self.seen += len(index)
+        places = list(kept)
+        rows = list(kept.values())
+        self.index[places] = index[rows]
+        self.z[places] = z[rows]
 
     def draw(self, n: int) -> tuple[Tensor, Tensor]:
         """min(n, filled) different rows at random: index and logits."""
         pick = torch.randperm(len(self), generator=self.generator)[:n]
         return self.index[pick], self.z[pick.to(self.z.device)]
 
-    def state_dict(self) -> dict:
-        return {"seen": self.seen, "index": self.index, "z": self.z}
 
-    def load_state_dict(self, state: dict) -> None:
-        self.seen = state["seen"]
-        self.index = state["index"]
-        self.z = state["z"].to(self.z.device)
-
-
-# The losses. logits: images (B, C, H, W) -> z (B, K), the network and its classifier: which images go through
-# it together is part of a learner, for BatchNorm. x, y are the new images and their labels, keep (B, K) comes
-# from kept_logits; a replayed draw is (images, labels, the logits that they had when they were stored).
-# Each returns the loss and the new images' unmasked logits (B, K), which the buffer keeps.
+# The losses: (logits, x, y, keep, replay, alpha, beta) -> L, and logits of new images for the buffer.
+# logits: images (B, C, H, W) -> z (B, K); which images go through the network together is part of a learner,
+# for BatchNorm. x, y: new images and labels; keep (B, K): from kept_logits. replay() draws from the buffer:
+# images, their labels, and the logits that they had when they were stored. *_: what a loss has no use for.
 
 
 def masked_ce(z: Tensor, y: Tensor, keep: Tensor) -> Tensor:
@@ -200,33 +167,31 @@ def masked_ce(z: Tensor, y: Tensor, keep: Tensor) -> Tensor:
     return F.cross_entropy(z.masked_fill(~keep, -torch.inf), y)
 
 
-def new_images_loss(logits, x: Tensor, y: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+def new_images_loss(logits, x: Tensor, y: Tensor, keep: Tensor, *_) -> tuple[Tensor, Tensor]:
     """Nothing to replay: L = CE(new)."""
     z = logits(x)
     return masked_ce(z, y, keep), z
 
 
-def er_loss(logits, x: Tensor, y: Tensor, keep: Tensor, draw: tuple) -> tuple[Tensor, Tensor]:
+def er_loss(logits, x: Tensor, y: Tensor, keep: Tensor, replay, *_) -> tuple[Tensor, Tensor]:
     """Experience replay: L = CE(new and replayed images together), one mean, one forward pass."""
-    x_buf, y_buf, _ = draw
+    x_buf, y_buf, _ = replay()
     z = logits(torch.cat([x, x_buf]))  # (B + R, K)
     full = keep.new_ones(len(y_buf), keep.shape[1])  # replayed images are never masked
     return masked_ce(z, torch.cat([y, y_buf]), torch.cat([keep, full])), z[: len(y)]
 
 
-def er_sum_loss(logits, x: Tensor, y: Tensor, keep: Tensor, draw: tuple) -> tuple[Tensor, Tensor]:
+def er_sum_loss(logits, x: Tensor, y: Tensor, keep: Tensor, replay, *_) -> tuple[Tensor, Tensor]:
     """L = CE(new) + CE(replayed), two means, two forward passes."""
-    x_buf, y_buf, _ = draw
+    x_buf, y_buf, _ = replay()
     z = logits(x)
     return masked_ce(z, y, keep) + F.cross_entropy(logits(x_buf), y_buf), z
 
 
-def der_loss(
-    logits, x: Tensor, y: Tensor, keep: Tensor, draw_1: tuple, draw_2: tuple, alpha: float, beta: float
-):
+def der_loss(logits, x: Tensor, y: Tensor, keep: Tensor, replay, alpha: float, beta: float):
     """DER++ (Buzzega et al. 2020): L = CE(new) + alpha MSE(z, z stored) + beta CE, of two replayed draws."""
-    x_1, _, z_1 = draw_1
-    x_2, y_2, _ = draw_2
+    x_1, _, z_1 = replay()
+    x_2, y_2, _ = replay()
     z = logits(x)
     distilled = F.mse_loss(logits(x_1), z_1)
     return masked_ce(z, y, keep) + alpha * distilled + beta * F.cross_entropy(logits(x_2), y_2), z
@@ -251,7 +216,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from common import (
     Arguments,
@@ -262,12 +226,10 @@ from common import (
     UserError,
     accuracy_per_class,
     at_least,
-    class_means,
     class_sums,
+    collapse_metrics,
     command_line,
     curves,
-    equiangularity,
-    equinorm,
     finished_runs,
     heat_maps,
     keep_per_class,
@@ -293,9 +255,8 @@ from common import (
 # The orthogonal layer-peeled model: the network below the last layer is taken to be so flexible that every
 # sample has a free feature.
 
+
 # %%
-
-
 def peeled_features(Q: Tensor, y: Tensor, E_H: float, non_negative: bool, steps: int = 4000) -> Tensor:
     """argmin over H of mean CE(H Q^T, y), ||h_n||^2 <= E_H [and h_n >= 0]: (N, d), by projected gradient.
 
@@ -316,13 +277,11 @@ def peeled_features(Q: Tensor, y: Tensor, E_H: float, non_negative: bool, steps:
 
 
 def toy_stream(kind: str, mask: bool, steps: int = 200) -> list[float]:
-    """Class-IL accuracy on the first of two tasks, at each step of first the one and then the other.
+    """Class-IL accuracy (%) on the first of two tasks, at each step of first the one and then the other.
 
     Two classes per task, one layer h = relu(V x), no buffer, full-batch gradient descent, float64.
     """
-    K = 4
-    d = 40
-    D = 20
+    K, d, D = 4, 40, 20
     generator = torch.Generator().manual_seed(0)
     y = torch.arange(K).repeat_interleave(50)
     x = 2 * torch.eye(K, D, dtype=torch.float64)[y] + 1  # + 1: a direction that all share; tasks interfere
@@ -338,7 +297,8 @@ def toy_stream(kind: str, mask: bool, steps: int = 200) -> list[float]:
         keep = kept_logits(y[now], task, mask)
         for _ in range(steps):
             z = torch.relu(x @ V.T) @ W.T
-            curve.append(task_accuracies(z.detach(), y, task)[0][0].item())
+            right = (z.argmax(1) == y)[task[y] == 0]
+            curve.append(100 * right.double().mean().item())
             optimizer.zero_grad()
             masked_ce(z[now], y[now], keep).backward()
             optimizer.step()
@@ -364,14 +324,13 @@ def check_theory(folder: Path) -> dict:
     claims.equal("   is where h = sqrt(E_H/E_W) q_k, under imbalance too: error", 0, error, 1e-9)
 
     # What the class means look like: about the origin, and about their own mean
-    M = class_means(H, y, K)
-    centred = M - M.mean(0)
-    largest = zero_mean_metrics(M, Q)["znc_max_cosine"]
+    M = class_sums(H, y, K)
+    largest = zero_mean_metrics(M.mean)["znc_max_cosine"]
     claims.equal("ZNC: class means are orthogonal about the origin, cosine", 0, largest, 1e-7)
-    cosine = mean_pairwise_cosine(centred, torch.arange(K))
+    cosine = mean_pairwise_cosine(M.centred, torch.arange(K))
     claims.equal("NC: about their mean they are a simplex, cosine -1/(K-1)", -1 / (K - 1), cosine, 1e-7)
     floor = 2 * (1 - math.sqrt(1 - 1 / K))
-    claims.equal("   not aligned with Q: NC3 = 2(1 - sqrt(1 - 1/K))", floor, self_duality(Q, centred), 1e-7)
+    claims.equal("   not aligned with Q: NC3 = 2(1 - sqrt(1 - 1/K))", floor, self_duality(Q, M.centred), 1e-7)
     H = peeled_features(Q, torch.arange(K), E_H, False)
     cosine = (F.normalize(H) * Q).sum(1).min().item()
     claims.equal("Without h >= 0 features leave q_k: cos = sqrt(1 - 1/K)", math.sqrt(1 - 1 / K), cosine, 1e-7)
@@ -387,10 +346,11 @@ def check_theory(folder: Path) -> dict:
 
     # Two tasks, no buffer: which classifier forgets the first one?
     toys = {}
-    for kind, mask in itertools.product(KINDS[:2], (False, True)):
-        curve = toy_stream(kind, mask)
-        toys[arm(kind, mask)] = range(len(curve)), [100 * accuracy for accuracy in curve]
-    end = {name: accuracies[-1] for name, (_, accuracies) in toys.items()}
+    for name in STYLE:
+        kind, _, mask = name.partition("-")
+        curve = toy_stream(kind, bool(mask))
+        toys[name] = range(len(curve)), curve
+    end = {name: curve[-1] for name, (_, curve) in toys.items()}
     claims.at_most("Two tasks, learnable: % right of the first after the second", 20, end["learnable"])
     claims.at_least("   the same for FNO + mask", 99, end["fno-mask"])
     axes = {"xlabel": "steps; the second task begins halfway", "ylabel": "accuracy on the first task (%)"}
@@ -398,26 +358,21 @@ def check_theory(folder: Path) -> dict:
     return claims.report(folder / "synthetic.png")
 
 
-KINDS = ["learnable", "fno", "etf"]
+KINDS = ["learnable", "fno"]
 STYLE = styles([*KINDS, *(f"{kind}-mask" for kind in KINDS)])
 
 # %% [markdown]
 # # 3. Network
 # All of them have features h >= 0, behind a ReLU.
 
+
 # %%
-
-
-class MLP(nn.Module):
+def mlp(pixels: int) -> nn.Module:
     """Two hidden layers of 100 ReLU units, the network of split MNIST: (B, C, H, W) -> (B, 100)."""
-
-    def __init__(self, pixels: int):
-        super().__init__()
-        self.d = 100
-        self.layers = nn.Sequential(nn.Linear(pixels, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x.flatten(1))
+    layers = [nn.Flatten(), nn.Linear(pixels, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU()]
+    network = nn.Sequential(*layers)
+    network.d = 100
+    return network
 
 
 # [copied: smallcnn]
@@ -470,13 +425,13 @@ def build_model(args: argparse.Namespace, job: "Job", data: Dataset) -> nn.Modul
     K = len(data.classes)
     _, height, width, channels = data.train_x.shape
     if args.net == "mlp":
-        network = MLP(height * width * channels)
+        network = mlp(height * width * channels)
     else:
         network = {"cnn": SmallCNN, "resnet18": resnet18}[args.net](channels)
-    try:
-        classifier = Classifier(K, network.d, job.classifier, args.bias)
-    except ValueError as error:
-        raise UserError(f"--classifier {job.classifier}: {error}; try another --net") from None
+    if job.classifier == "fno" and network.d < K:
+        found = f"{K} classes need {K} feature dimensions, not {network.d}"
+        raise UserError(f"--classifier fno: {found}; try another --net")
+    classifier = Classifier(K, network.d, job.classifier, args.bias)
     model = nn.ModuleDict({"network": network, "classifier": classifier})
     if args.net == "mlp":  # the released start of split MNIST: Glorot's weights, no bias
         for p in model.parameters():
@@ -489,25 +444,24 @@ def build_model(args: argparse.Namespace, job: "Job", data: Dataset) -> nn.Modul
 
 # %% [markdown]
 # # 4. Training
+# A method is a loss and, for ER-ACE, a mask of its own. A job is a method with a classifier and a buffer.
+
 
 # %%
-
-
 class Method(NamedTuple):
-    loss: str  # a key of LOSSES, for steps with a replay; before the first one all are `new`
-    draws: int  # draws from the buffer per step; 0: no buffer
+    loss: str  # a key of LOSSES: `new` has no buffer, `er` is the one that --replay names
     asymmetric: bool  # has ER-ACE's mask, and neither mask nor replay in the first task, as published
     about: str
 
 
 METHODS = {
-    "sgd": Method("new", 0, False, "one task after another, no buffer: the lower bound"),
-    "er": Method("er", 1, False, "Experience Replay: cross-entropy of new and stored images"),
-    "er-ace": Method("er", 1, True, "ER with Asymmetric Cross-Entropy: new images do not push old classes"),
-    "der++": Method("der++", 2, False, "Dark Experience Replay: stored logits are kept, and stored labels"),
-    "joint": Method("new", 0, False, "all tasks at once: the upper bound"),
+    "sgd": Method("new", False, "one task after another, no buffer: the lower bound"),
+    "er": Method("er", False, "Experience Replay: cross-entropy of new and stored images"),
+    "er-ace": Method("er", True, "ER with Asymmetric Cross-Entropy: new images do not push old classes"),
+    "der++": Method("der++", False, "Dark Experience Replay: stored logits are kept, and stored labels"),
+    "joint": Method("new", False, "all tasks at once: the upper bound"),
 }
-LOSSES = {"new": new_images_loss, "er": er_loss, "er-sum": er_sum_loss, "der++": der_loss}
+LOSSES = {"new": new_images_loss, "er-mean": er_loss, "er-sum": er_sum_loss, "der++": der_loss}
 # Published for split MNIST, CIFAR-10 and CIFAR-100 (Buzzega et al. 2020); digits are ours. Epochs per task.
 # All by SGD without momentum, so that nothing of a past task is left in the optimiser.
 RECIPES = {
@@ -518,15 +472,33 @@ RECIPES = {
     "cifar100": {"tasks": 10},
 }
 RECIPES[""] |= {"weight_decay": 0.0, "bias": True}
+# Released, whatever the classifier (utils/best_args.py of mammoth and FNO-classifier): data set, learner ("":
+# any), largest buffer; lr, alpha and beta of DER++, images per replayed draw (None: as many as new ones). The
+# first row that fits counts.
+ANY = math.inf
+RELEASED = [
+    ("mnist", "sgd", ANY, 0.03, None, None, None),
+    ("mnist", "er", 200, 0.01, None, None, None),
+    ("mnist", "der++", 200, 0.03, 0.2, 1.0, 128),
+    ("mnist", "der++", 500, 0.03, 1.0, 0.5, None),
+    ("mnist", "der++", ANY, 0.1, 0.2, 0.5, 64),
+    ("cifar100", "sgd", ANY, 0.03, None, None, None),
+    ("cifar100", "er-ace", ANY, 0.03, None, None, None),
+    ("cifar100", "der++", ANY, 0.03, 0.1, 0.5, None),
+    ("", "der++", 200, 0.03, 0.1, 0.5, None),
+    ("", "der++", 500, 0.03, 0.2, 0.5, None),
+    ("", "der++", ANY, 0.03, 0.1, 1.0, None),
+    ("", "", ANY, 0.1, None, None, None),
+]
 
 
 class Job(NamedTuple):
-    """What one run is about, beside its seed; buffer is 0 where there is none."""
+    """What one run is about, beside its seed."""
 
     method: str
     classifier: str
     mask: bool
-    buffer: int
+    buffer: int  # 0: none
     lr: float
     der_alpha: float | None  # weights of DER++; None for other learners
     der_beta: float | None
@@ -534,30 +506,7 @@ class Job(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{self.method}{self.buffer or ''}-{arm(self.classifier, self.mask)}"
-
-
-def arm(classifier: str, mask: bool) -> str:
-    """`fno-mask`: what tables and figures call a classifier with or without softmax masking."""
-    return f"{classifier}-mask" if mask else classifier
-
-
-# Released for ER and DER++, whatever the classifier (utils/best_args.py of mammoth and of FNO-classifier):
-# (largest buffer, lr, alpha, beta, images per replayed draw: None for as many as new ones)
-ANY = math.inf
-RELEASED = {
-    ("cifar10", "der++"): [
-        (200, 0.03, 0.1, 0.5, None),
-        (500, 0.03, 0.2, 0.5, None),
-        (ANY, 0.03, 0.1, 1.0, None),
-    ],
-    ("cifar100", "sgd"): [(ANY, 0.03, None, None, None)],
-    ("cifar100", "er-ace"): [(ANY, 0.03, None, None, None)],
-    ("cifar100", "der++"): [(ANY, 0.03, 0.1, 0.5, None)],
-    ("mnist", "sgd"): [(ANY, 0.03, None, None, None)],
-    ("mnist", "er"): [(200, 0.01, None, None, None), (ANY, 0.1, None, None, None)],
-    ("mnist", "der++"): [(200, 0.03, 0.2, 1.0, 128), (500, 0.03, 1.0, 0.5, None), (ANY, 0.1, 0.2, 0.5, 64)],
-}
+        return f"{self.method}{self.buffer or ''}-{self.classifier}{'-mask' if self.mask else ''}"
 
 
 def list_jobs(args: argparse.Namespace) -> list[Job]:
@@ -566,24 +515,24 @@ def list_jobs(args: argparse.Namespace) -> list[Job]:
     Where neither --mask nor --no-mask is given, both are run: what the mask does is seen beside its absence.
     """
     data = split_name(args.dataset)[0].removeprefix("fashion")  # Fashion-MNIST as MNIST
+    masks = [False, True] if args.mask is None else [args.mask]
     jobs = []
-    for method, classifier in itertools.product(args.method, args.classifier):
-        usual = RELEASED.get(("cifar10", method), [(ANY, 0.1, None, None, None)])
-        settings = RELEASED.get((data, method), usual)
-        masks = [False, True] if args.mask is None else [args.mask]
-        if method == "joint":
-            masks = [False]
-        buffers = args.buffer if METHODS[method].draws else [0]
-        for mask, buffer in itertools.product(masks, buffers):
-            _, lr, alpha, beta, replay_batch = next(setting for setting in settings if buffer <= setting[0])
-            replay_batch = replay_batch or args.batch_size
-            jobs.append(Job(method, classifier, mask, buffer, args.lr or lr, alpha, beta, replay_batch))
-    return jobs
+    for method, kind, mask, buffer in itertools.product(args.method, args.classifier, masks, args.buffer):
+        if method == "joint":  # no task to mask
+            mask = False
+        if METHODS[method].loss == "new":
+            buffer = 0
+        for of, learner, most, *setting in RELEASED:
+            if of in ("", data) and learner in ("", method) and buffer <= most:
+                lr, alpha, beta, replay_batch = setting
+                break
+        setting = args.lr or lr, alpha, beta, replay_batch or args.batch_size
+        jobs.append(Job(method, kind, mask, buffer, *setting))
+    return list(dict.fromkeys(jobs))  # each once
 
 
 def learning_rate(epoch: int, args: argparse.Namespace, job: Job) -> float:
-    """In epoch 0, 1, ... of a task: the same all along; on CIFAR-100 a tenth of it after 0.7 of the task's
-    epochs and again after 0.9 (35 and 45 of 50)."""
+    """The same all along; on CIFAR-100 a tenth of it after 35 of a task's 50 epochs, and again after 45."""
     drops = (0.7, 0.9) if split_name(args.dataset)[0] == "cifar100" else ()
     return job.lr * 0.1 ** sum(epoch >= round(drop * args.epochs) for drop in drops)
 
@@ -596,15 +545,16 @@ def train(args: argparse.Namespace, job: Job, seed: int, data: Dataset, run: Run
     model = build_model(args, job, data).to(run.device, memory_format=torch.channels_last)
     network, classifier = run.prepare(model)  # speed only: --compile
     optimizer = torch.optim.SGD(model.parameters(), job.lr, weight_decay=args.weight_decay, fused=run.fused)
-    views = {"pad": data.pad, "flip": data.flip} if args.augment else {}
-    images = Batches(data.train_x, data.mean, data.std, **views, device=run.device)
-    labels = data.train_y.to(run.device)
-    task = split_tasks(len(data.classes), args.tasks).to(run.device)  # (K,)
+    images = Batches(data.train_x, data.mean, data.std, pad=data.pad, flip=data.flip, device=run.device)
+    task = split_tasks(len(data.classes), args.tasks)  # (K,): the task of each class
+    stage = task[data.train_y]  # (N,): when each image comes
+    if job.method == "joint":
+        stage = torch.zeros_like(stage)  # all at once
+    stages = int(stage.max()) + 1
+    task = task.to(run.device)
     memory = Reservoir(job.buffer, len(task), generator, run.device)
-    seen = torch.zeros_like(task, dtype=torch.bool)
-    replay_loss = LOSSES["er-sum" if method.loss == "er" and args.replay == "sum" else method.loss]
-    weights = {"alpha": job.der_alpha, "beta": job.der_beta} if method.loss == "der++" else {}
-    stages = stages_of(args, job, data)
+    seen = torch.zeros_like(task, dtype=torch.bool)  # (K,): the classes met so far
+    replay_loss = f"er-{args.replay}" if method.loss == "er" else method.loss
 
     def logits(x: Tensor) -> Tensor:
         with run.autocast():  # bf16 inside the network only
@@ -613,31 +563,27 @@ def train(args: argparse.Namespace, job: Job, seed: int, data: Dataset, run: Run
 
     def replay() -> tuple[Tensor, Tensor, Tensor]:
         index, z = memory.draw(job.replay_batch)
-        return images.load(index, generator), labels[index.to(run.device)], z
+        return images.load(index, generator), data.train_y[index].to(run.device), z
 
     parts = {"model": model, "optimizer": optimizer, "generator": generator, "memory": memory, "seen": seen}
-    for epoch in run.epochs(len(stages) * args.epochs, **parts):
-        t = epoch // args.epochs  # the stage of the stream: its task
+    for epoch in run.epochs(stages * args.epochs, **parts):  # from the last checkpoint on
+        t = epoch // args.epochs
         lr = learning_rate(epoch % args.epochs, args, job)
         optimizer.param_groups[0]["lr"] = lr
         # The stream: images of the present task alone, in random order
-        order = stages[t][torch.randperm(len(stages[t]), generator=generator)]
+        present = (stage == t).nonzero().flatten()
+        order = present[torch.randperm(len(present), generator=generator)]
+        labels = data.train_y[order].to(run.device)
+        # ER-ACE, as published: neither its mask nor a replay in the first task
+        ace = method.asymmetric and t > 0
+        replays = t > 0 or not method.asymmetric
         model.train()
         for part, x in images.epoch(order, args.batch_size, generator):  # (B, C, H, W)
-            y = labels[order[part].to(run.device)]  # (B,)
-            # The mask: which classes a new image competes with
+            y = labels[part]  # (B,)
             seen[y] = True
-            ace = seen if method.asymmetric and t > 0 else None
-            keep = kept_logits(y, task, job.mask, ace)  # (B, K)
-            # The replay
-            waits = len(memory) == 0 or (method.asymmetric and t == 0)
-            draws = [] if waits else [replay() for _ in range(method.draws)]
-            # The loss
-            if draws:
-                loss, z = replay_loss(logits, x, y, keep, *draws, **weights)
-            else:
-                loss, z = new_images_loss(logits, x, y, keep)
-            # The step
+            keep = kept_logits(y, task, job.mask, seen if ace else None)  # (B, K): classes y competes with
+            loss_of = LOSSES[replay_loss if replays and len(memory) else "new"]
+            loss, z = loss_of(logits, x, y, keep, replay, job.der_alpha, job.der_beta)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -646,65 +592,39 @@ def train(args: argparse.Namespace, job: Job, seed: int, data: Dataset, run: Run
             run.add_loss(loss)  # stays on the device; read once per epoch
         run.log(task=t, lr=lr)
         if run.is_test_epoch(epoch) or (epoch + 1) % args.epochs == 0:
-            run.log(**test(model, job, data, stages[t], run))
+            run.log(**test(model, job, data, present, run))
     return measure(model, job, data, run)
-
-
-def stages_of(args: argparse.Namespace, job: Job, data: Dataset) -> list[Tensor]:
-    """Indices of the training images of each stage: one stage per task, or a single one with all of them."""
-    if job.method == "joint":
-        return [torch.arange(len(data.train_y))]
-    which = split_tasks(len(data.classes), args.tasks)[data.train_y]  # (N,): the task of each image
-    return [(which == t).nonzero().flatten() for t in range(args.tasks)]
 
 
 # %% [markdown]
 # # 5. Results
 
+
 # %%
-
-
 @torch.no_grad()
 def embed(model: nn.ModuleDict, images: Tensor, data: Dataset, run: Run) -> tuple[Tensor, Tensor]:
     """Features h (N, d) and logits z (N, K) of every image in order, neither cropped nor flipped."""
     model.eval()
+    where = metric_device(run.device)
     hs = []
     zs = []
-    loader = Batches(images, data.mean, data.std, device=run.device)
-    for _, x in loader.all(250):
+    for _, x in Batches(images, data.mean, data.std, device=run.device).all(250):
         with run.autocast():
             h = model["network"](x)
         hs.append(h.float())
         zs.append(model["classifier"](h))
-    where = metric_device(run.device)
     return torch.cat(hs).to(where), torch.cat(zs).to(where)
 
 
-def test(model: nn.ModuleDict, job: Job, data: Dataset, stage: Tensor, run: Run) -> dict:
-    """A row of each accuracy matrix, and how well the stage's own training images are fitted."""
+def test(model: nn.ModuleDict, job: Job, data: Dataset, present: Tensor, run: Run) -> dict:
+    """A row of each accuracy matrix, and how well the training images of the present task are fitted."""
     task = split_tasks(len(data.classes), run.args.tasks)
     _, z = embed(model, data.test_x, data, run)
     class_il, task_il = task_accuracies(z, data.test_y.to(z.device), task)
-    _, z = embed(model, data.train_x[stage], data, run)
-    trained = task_accuracies(z, data.train_y[stage].to(z.device), task)
+    _, z = embed(model, data.train_x[present], data, run)
+    trained = task_accuracies(z, data.train_y[present].to(z.device), task)
     fit = trained[1 if job.mask else 0].nanmean()  # masked: only the task's own classes competed
     return {"class_il": class_il.tolist(), "task_il": task_il.tolist(), "fit": float(fit)}
-
-
-def collapse(h: Tensor, y: Tensor, W: Tensor) -> dict[str, float]:
-    """Neural collapse of features h (N, d) about the means' mean (nc) and about the origin (znc).
-
-    0 is full collapse, but for nc3 of an FNO classifier: see --synthetic.
-    """
-    sums = class_sums(h, y, len(W))
-    return {
-        "nc1": nc1(h, y, sums)[0],
-        "nc2_equinorm": equinorm(sums.centred),
-        "nc2_equiangular": equiangularity(sums.centred),
-        "nc3": self_duality(W, sums.centred),
-        "znc1": nc1(h, y, sums, centred=False)[0],  # Sigma_B about the origin, 1/K sum mu_k mu_k^T
-        **zero_mean_metrics(sums.mean, W),
-    }
 
 
 @torch.no_grad()
@@ -714,21 +634,24 @@ def measure(model: nn.ModuleDict, job: Job, data: Dataset, run: Run) -> dict:
     test_h, test_z = embed(model, data.test_x, data, run)
     train_y = data.train_y.to(test_h.device)
     test_y = data.test_y.to(test_h.device)
-    W = model["classifier"].W.detach().to(test_h.device)
-    scale = float(model["classifier"].w)
-    energy = energy_map(test_h, test_y, W.argmax(0), len(W))
+    classifier = model["classifier"]
+    W = classifier.W.detach().to(test_h.device)
+    K = len(W)
+    owner = W.argmax(0)  # a learnable classifier owns no dimensions: the class of the largest w_kj
+    energy = energy_map(test_h, test_y, owner, K)
     features = {"train_h": train_h, "train_y": train_y, "test_h": test_h, "test_y": test_y}
-    if model["classifier"].b is not None:
-        features["b"] = model["classifier"].b
-    run.save_features(**features, W=scale * W, energy=energy)
+    if classifier.b is not None:
+        features["b"] = classifier.b
+    run.save_features(**features, W=float(classifier.w) * W, energy=energy)
 
-    task = split_tasks(len(W), run.args.tasks)
+    sums = class_sums(train_h, train_y, K)
+    old = (split_tasks(K, run.args.tasks) < run.args.tasks - 1).nonzero().flatten()  # classes of past tasks
+    collapsed = collapse_metrics(train_h, train_y, W, train_z.argmax(1), old)
     ends = run.history[run.args.epochs - 1 :: run.args.epochs]  # the last epoch of each task
     R = torch.tensor([line["class_il"] for line in ends], dtype=torch.float64)  # (tasks, tasks)
     R_own = torch.tensor([line["task_il"] for line in ends], dtype=torch.float64)
     stream = stream_metrics(R)
     prediction = test_z.argmax(1)
-    old = (task < run.args.tasks - 1).nonzero().flatten()
     return {
         **job._asdict(),
         "class_il": stream["average"],
@@ -739,20 +662,21 @@ def measure(model: nn.ModuleDict, job: Job, data: Dataset, run: Run) -> dict:
         "train_accuracy": float((train_z.argmax(1) == train_y).double().mean()),
         "fit": float(np.mean([line["fit"] for line in ends])),
         "own_energy": float(energy.diagonal().nanmean()),
-        "old_cosine_W": mean_pairwise_cosine(W, old.to(W.device)),
-        **collapse(train_h, train_y, W),
+        **{key.replace("minority", "old"): value for key, value in collapsed.items()},
+        "znc1": nc1(train_h, train_y, sums, centred=False)[0],  # about the origin
+        **zero_mean_metrics(sums.mean, W),
         "matrix_class_il": R.tolist(),
         "matrix_task_il": R_own.tolist(),
-        "per_class": accuracy_per_class(prediction, test_y, len(W)).tolist(),
+        "per_class": accuracy_per_class(prediction, test_y, K).tolist(),
     }
 
 
 def by_job(runs: list[Run]) -> dict[str, list[Run]]:
-    """The seeds of each job together, {"er50-fno-mask": [...]}, in the order of METHODS."""
+    """The seeds of each job together, {"er50-fno-mask": [...]}, in the order of METHODS, learnable first."""
 
     def place(run: Run) -> tuple:
         job = run.finished
-        return list(METHODS).index(job["method"]), job["buffer"], KINDS.index(job["classifier"]), job["mask"]
+        return list(METHODS).index(job["method"]), job["buffer"], job["classifier"] == "fno", job["mask"]
 
     found = {}
     for run in sorted(runs, key=place):
@@ -762,36 +686,33 @@ def by_job(runs: list[Run]) -> dict[str, list[Run]]:
 
 def draw_figures(folder: Path, runs: list[Run]) -> None:
     """Three figures of finished runs, jobs side by side: means over seeds, feature maps of the first seed."""
-    bars = {}  # {"fno-mask": {"er 50": class-IL of every seed}}
-    matrices = {}
+    bars = {}  # {"fno-mask": {"er50": class-IL of every seed}}
+    streams = {}
     energy = {}
     for name, seeds in by_job(runs).items():
         results = [run.finished for run in seeds]
-        job = results[0]
-        learner = f"{job['method']} {job['buffer'] or ''}"
+        learner = f"{results[0]['method']}{results[0]['buffer'] or ''}"
         accuracies = [100 * result["class_il"] for result in results]
-        bars.setdefault(arm(job["classifier"], job["mask"]), {})[learner] = accuracies
-        matrices[name] = 100 * np.mean([result["matrix_class_il"] for result in results], axis=0)
+        bars.setdefault(name.removeprefix(f"{learner}-"), {})[learner] = accuracies
+        if results[0]["method"] != "joint":  # which has no past
+            streams[name] = 100 * np.mean([result["matrix_class_il"] for result in results], axis=0)
         energy[name] = 100 * seeds[0].load_features()["energy"]
 
     draw_bars(folder / "class_il.png", bars)
-
-    streams = {name: R for name, R in matrices.items() if len(R) > 1}  # joint has one row, and no past
+    options = {"limits": (0, 100), "diverging": False}
     if streams:
         T = runs[0].config["flags"]["tasks"]
         axes = {"xticks": range(T), "xticklabels": range(1, T + 1), "xlabel": "task"}
         axes |= {"yticks": range(T), "yticklabels": range(1, T + 1), "ylabel": "tasks learned"}
-        path = folder / "forgetting.png"
-        heat_maps(path, streams, label="class-IL accuracy (%)", limits=(0, 100), diverging=False, **axes)
-
-    axes = {"xlabel": "dimensions of class", "ylabel": "features of class"}
-    label = "share of the features' squared norm (%)"
-    path = folder / "feature_energy.png"
-    heat_maps(path, energy, label=label, limits=(0, 100), diverging=False, **axes)
+        heat_maps(folder / "forgetting.png", streams, label="class-IL accuracy (%)", **options, **axes)
+    axes = {"label": "share of the features' squared norm (%)", "xlabel": "dimensions of class"}
+    heat_maps(folder / "feature_energy.png", energy, ylabel="features of class", **options, **axes)
 
 
 def draw_bars(path: Path, bars: dict[str, dict[str, list[float]]]) -> None:
     """Class-IL of each learner, a bar for each classifier with and without mask; mean and std over seeds."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 4), layout="constrained")
     plot = figure.subplots()
     learners = list(dict.fromkeys(learner for found in bars.values() for learner in found))
@@ -808,33 +729,30 @@ def draw_bars(path: Path, bars: dict[str, dict[str, list[float]]]) -> None:
 
 def print_results(runs: list[Run], folder: Path) -> None:
     """A table with one row per job, mean ± std over seeds, and what its columns and figures mean."""
-    percent = {"class-IL": "class_il", "train": "train_accuracy", "fit": "fit", "task-IL": "task_il"}
-    percent |= {"forgetting": "forgetting", "backward": "backward_transfer", "own energy": "own_energy"}
-    plain = {"old cos W": "old_cosine_W", "ZNC cos": "znc_mean_cosine", "ZNC3": "znc_alignment", "NC3": "nc3"}
+    percent = ["class_il", "train_accuracy", "fit", "task_il", "forgetting", "own_energy"]
     rows = []
     for name, seeds in by_job(runs).items():
-        results = [run.finished for run in seeds]
-        cells = [mean_std([result[key] for result in results], 1, 100) for key in percent.values()]
-        cells += [mean_std([result[key] for result in results]) for key in plain.values()]
+        found = [run.finished for run in seeds]
+        cells = [mean_std([result[key] for result in found], 1, 100) for key in percent]
+        for key in ("old_cosine_W", "znc_alignment", "nc3"):
+            cells.append(mean_std([result[key] for result in found]))
         cells = ["-" if cell.startswith("nan") else cell for cell in cells]  # a joint run's forgetting
         rows.append([name, len(seeds), *cells])
-    print("\n" + table(["method-classifier", "seeds", *percent, *plain], rows))
+    header = ["method-classifier", "seeds", "class-IL", "train", "fit", "task-IL", "forgetting", "own energy"]
+    print("\n" + table([*header, "old cos W", "ZNC3", "NC3"], rows))
     short = [run.folder.parent.name for run in runs if run.finished["fit"] < 0.99]
     if short:
         print(f"not trained to convergence (fit below 99%): {', '.join(dict.fromkeys(short))}")
     print("""class-IL: % of the test images after the last task, all classes compete, mean over tasks
 train: the same of the training images; task-IL: only the classes of the image's own task compete
 fit: % of a task's training images right when it was learned, by what its softmax ran over
-forgetting: how far the accuracy on a task falls from its best; backward: its change since it was learned
-  (backward transfer); both are means over all tasks but the last
+forgetting: how far the accuracy on a task falls from its best, mean over all tasks but the last
 own energy: share (%) of a test feature's squared norm in the dimensions of its class
 old cos W: mean cosine of the past tasks' class vectors; 1: they have collapsed
-ZNC cos: mean |cosine| of the training features' class means about the origin; 0: zero-mean collapse
-ZNC3, NC3: distance of these means from the class vectors, about the origin and about their own mean;
-  result.json holds the other measures of both kinds of collapse""")
+ZNC3, NC3: distance of the class means from the class vectors, about the origin and about their own mean""")
     for name in dict.fromkeys(run.finished["method"] for run in runs):
         print(f"{name}: {METHODS[name].about}")
-    print(f"""learnable: trained class vectors; fno: Fixed Non-negative Orthogonal ones; etf: a fixed simplex
+    print(f"""learnable: trained class vectors; fno: Fixed Non-negative Orthogonal ones
 -mask: the softmax of new images runs over the classes of their own task
 figures in {folder}:
   class_il.png        class-IL accuracy of each learner with each classifier, with and without mask
@@ -845,9 +763,8 @@ figures in {folder}:
 # %% [markdown]
 # # 6. Command line
 
+
 # %%
-
-
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, with every default filled in. Raises UserError."""
     about = {name: method.about for name, method in METHODS.items()}
@@ -856,14 +773,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     flags = Arguments("fno_continual", title, about, usual, RECIPES, eval_every=None)
     add = flags.add
     both = argparse.BooleanOptionalAction
-    add("--classifier", nargs="+", default=KINDS[:2], choices=KINDS, help="fno: d >= K, etf: d >= K - 1")
+    add("--classifier", nargs="+", default=KINDS, choices=KINDS, help="fno: needs d >= K")
     add("--mask", action=both, help="softmax of new images over their own task; neither flag: both ways")
     add("--buffer", type=at_least(2), nargs="+", help="images kept, one or more sizes: 200, digits 50")
     add("--tasks", type=at_least(1), help="number of tasks: 5, cifar100 10")
     add("--replay", choices=["mean", "sum"], default="mean", help="ER, ER-ACE: one mean, or two summed")
     add("--bias", action=both, help="of the learnable classifier")
-    nets = ["mlp", "cnn", "resnet18"]
-    add("--net", choices=nets, help="features behind a ReLU; mlp: the one of split MNIST")
+    add("--net", choices=["mlp", "cnn", "resnet18"], help="features behind a ReLU; mlp: split MNIST's")
     add("--per-class", type=at_least(2), help="training images of each class, for a shorter run; else all")
     add("--augment", action=both, help="crop and flip, replayed images too; digits, (fashion)mnist: no")
     args = flags.parse(argv)
@@ -872,32 +788,27 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if args.dry_run:
         args.epochs = 2  # of one step each, so that the second one replays
     args.eval_every = args.eval_every or args.epochs  # a stream is tested at the end of each task at least
-    args.classifier = list(dict.fromkeys(args.classifier))
-    args.buffer = list(dict.fromkeys(args.buffer))
     return args
 
 
 def select_images(args: argparse.Namespace, jobs: list[Job], data: Dataset) -> Dataset:
-    """The training images of --per-class. Raises UserError for what is no stream."""
+    """The training images of --per-class, as the network gets them. UserError if that is no stream."""
     if args.per_class:
         keep = keep_per_class(data.train_y, args.per_class)  # the same images for every seed
         data = data._replace(train_x=data.train_x[keep], train_y=data.train_y[keep])
     if args.net == "mlp":  # pixels in [0, 1], as released for split MNIST
         data = data._replace(mean=torch.zeros_like(data.mean), std=torch.ones_like(data.std))
+    if not args.augment:
+        data = data._replace(pad=0, flip=False)
     task = split_tasks(len(data.classes), args.tasks)
     images = torch.bincount(task[data.train_y])
     if images.min() < 2:  # BatchNorm needs two
-        t = int(images.argmin())
-        raise UserError(
-            f"--tasks {args.tasks}: task {t + 1} has {images[t]} training images, expected 2 or more"
-        )
+        found = f"task {images.argmin() + 1} has {images.min()} training images, expected 2 or more"
+        raise UserError(f"--tasks {args.tasks}: {found}")
     classes = torch.bincount(task)
     if any(job.mask for job in jobs) and classes.min() < 2:
-        t = int(classes.argmin())
-        raise UserError(
-            f"--mask: task {t + 1} has one class, and a softmax over one class has no gradient; "
-            "choose fewer --tasks, or --no-mask"
-        )
+        found = f"task {classes.argmin() + 1} has one class, and a softmax over one class has no gradient"
+        raise UserError(f"--mask: {found}; choose fewer --tasks, or --no-mask")
     return data
 
 
