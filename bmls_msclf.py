@@ -749,7 +749,7 @@ def print_results(runs: list[Run], folder: Path) -> None:
     print(f"""accuracy: % of the test images after the last epoch; train: of the training images, unaugmented
 {runs[0].finished["rule"]}
 best: highest accuracy of the tested epochs, chosen on the test set; ECE: calibration error, %
-cos few: mean cosine of the few's class vectors; 1: minority collapse, -1/(K-1): a simplex; nan: one class
+cos few: mean cosine of the few's class vectors; 1: minority collapse, -1/(K-1): a simplex; -: no such class
 -log n: the same logits less log n_k; near mean: nearest class mean of the same features""")
     for name in dict.fromkeys(run.name for run in runs):
         print(f"{name}: {METHODS[name].about}")

@@ -771,17 +771,19 @@ def accuracy_per_class(prediction: Tensor, y: Tensor, K: int) -> Tensor:
 def shot_groups(counts: Tensor) -> tuple[dict[str, Tensor], str]:
     """Classes by training images: many (> 100), medium (20 to 100), few (< 20), and the rule in words.
 
-    Where that rule leaves a group empty the classes are cut into thirds by size. (Liu et al. 2019.)
+    Where none are many or none few (Liu et al. 2019): the two sizes of a step, else thirds of the classes.
     """
     groups = {"many": counts > 100, "medium": (counts >= 20) & (counts <= 100), "few": counts < 20}
     rule = "many > 100, medium 20 to 100, few < 20 training images"
-    if not all(mask.any() for mask in groups.values()):
+    if not (groups["many"].any() and groups["few"].any()):
         order = torch.argsort(counts, descending=True, stable=True)
-        thirds = torch.tensor_split(order, 3)
-        groups = {name: torch.zeros_like(counts, dtype=torch.bool) for name in groups}
-        for mask, third in zip(groups.values(), thirds, strict=True):
-            mask[third] = True
-        rule = "many, medium, few: thirds of the classes by training images"
+        if len(counts.unique()) == 2:
+            parts = [counts == counts.max(), counts < 0, counts == counts.min()]
+            rule = "many, few: the classes of the larger and of the smaller size"
+        else:
+            parts = [torch.isin(torch.arange(len(order)).to(order), third) for third in order.tensor_split(3)]
+            rule = "many, medium, few: thirds of the classes by training images"
+        groups = dict(zip(groups, parts, strict=True))
     return {name: mask.nonzero().flatten() for name, mask in groups.items()}, rule
 
 
@@ -1994,8 +1996,10 @@ def heat_maps(path: Path, maps: dict[str, np.ndarray], *, label: str, limits: tu
 
 
 def mean_std(values: list[float], digits: int = 2, factor: float = 1.0) -> str:
-    """`34.20 ± 0.31` over seeds (sample std); one value stands alone."""
+    """`34.20 ± 0.31` over seeds (sample std); one value stands alone, and what is not defined is `-`."""
     values = [factor * v for v in values]
+    if np.isnan(values).any():
+        return "-"
     if len(values) == 1:
         return f"{values[0]:.{digits}f}"
     return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}"

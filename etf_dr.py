@@ -677,7 +677,7 @@ def print_results(runs: list[Run], folder: Path) -> None:
 best: highest accuracy of the tested epochs, chosen on the test set
 -log n: the same logits less log n_k, which outweighs those of a fixed simplex (-E_W^.5 to E_W^.5)
 near mean: nearest class mean of the same features
-cos few: mean cosine of the few's class vectors; 1: minority collapse, -1/(K-1): a simplex; nan: one class
+cos few: mean cosine of the few's class vectors; 1: minority collapse, -1/(K-1): a simplex; -: no such class
 NC1: spread of features within classes over that between them; 0: collapsed onto their class means""")
     for name in dict.fromkeys(run.name for run in runs):
         print(f"{name}: {METHODS[name].about}")

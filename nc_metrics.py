@@ -811,7 +811,7 @@ def print_measures(results: list[dict]) -> None:
     print("\n" + table(["measure", *splits, "class vectors"], rows))
     cosine = -1 / (K - 1)
     angle = math.degrees(math.acos(cosine))
-    print(f"""At full collapse all below accuracy is 0, but for the rank, K - 1, and what a simplex has (K <= d + 1):
+    print(f"""At full collapse all below accuracy is 0, but for the rank, K - 1, and of a simplex, K <= d + 1,
 angle {angle:.4g}, cosine {cosine:.4g}, r^2 {2 - 2 * cosine:.4g}, one-vs-rest distance {1 - cosine:.4g}.
 Means are centred, but for ZNC. Minority: the classes with fewest training images, two at least.
 nan: nothing differs between classes, or a vector is 0. VCI: left out for d > {common.VCI_LARGEST_D}""")
