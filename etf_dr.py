@@ -15,7 +15,7 @@ simplex ETF: K vectors of one length, every pairwise cosine -1/(K-1), features o
 (neural collapse). On imbalanced classes they do not. The gradient of cross-entropy has a pull and a push,
 
     dCE/dh   = -(1 - p_y) w_y + sum_{k != y} p_k w_k              p = softmax(W h)
-    dCE/dw_k = -sum_{i: y_i = k} (1 - p_ik) h_i + sum_{i: y_i != k} p_ik h_i
+    dCE/dw_k = 1/B [-sum_{i: y_i = k} (1 - p_ik) h_i + sum_{i: y_i != k} p_ik h_i]
 
 and the vector of a rare class has a pull from few features and a push from many. All rare classes have the
 same push, so their vectors move alike: from some ratio of the class sizes on they are one and the same
@@ -33,7 +33,7 @@ REMEDY 2, the loss: with the target known, regress on it. A pull, no push, and t
     torchrun --nproc-per-node 4 etf_dr.py --dataset folder:PATH   four GPUs
 
 PAPER, RELEASED CODE AND THIS FILE
-- Class lengths (released, not in the paper): w_k has the length sqrt(gamma / n_k), n_k counted in the batch.
+- Class lengths (released, not in the paper): w_k has the length sqrt(gamma / n_k), gamma the mean n_k.
   That weighs samples by inverse frequency (derived below); the cross-entropy beside it has no weights.
   --class-length off takes them from dot-regression, --reweight on gives them to cross-entropy.
 - The released learnable classifier is frozen at its random start (requires_grad is False). Ours learns, on
@@ -117,7 +117,7 @@ def dot_regression_loss(
 
 def cross_entropy_loss(h: Tensor, W: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
     """Cross-entropy with logits h . w_k. Shapes and weight as in dot_regression_loss -> scalar."""
-    loss = F.cross_entropy(h @ W.T, y, reduction="none")  # (B, d) @ (d, K) -> (B, K); (B,)
+    loss = F.cross_entropy(h @ W.T.to(h.dtype), y, reduction="none")  # (B, d) @ (d, K) -> (B, K); (B,)
     return loss.mean() if weight is None else (weight * loss).mean()
 
 
@@ -258,10 +258,10 @@ def check_theory(folder: Path) -> dict:
 
     W, _ = learnable_optimum([1] * K, E_W, E_H)
     cosine = mean_pairwise_cosine(W, torch.arange(K))
-    claims.equal("Equal classes: learnt class vectors are a simplex, cosine -1/(K-1)", -1 / 9, cosine, 1e-6)
+    claims.equal("Ten equal classes: learnt vectors are a simplex, cosine -1/(K-1)", -1 / 9, cosine, 1e-6)
     W, _ = learnable_optimum(counts, E_W, E_H)
     cosine = mean_pairwise_cosine(W, torch.arange(5, 10))
-    claims.equal("100 images to 1: all rare classes share one vector, cosine", 1, cosine, 1e-6)
+    claims.equal("Five have 1/100 of the images: they share one vector, cosine", 1, cosine, 1e-6)
 
     # Theorem 1: with a fixed simplex the optimum is neural collapse, however imbalanced the classes
     W = math.sqrt(E_W) * simplex_etf(K, K, torch.Generator().manual_seed(0))
@@ -269,15 +269,15 @@ def check_theory(folder: Path) -> dict:
     H = fixed_optimum(cross_entropy_loss, W, y, E_H)
     least = optimal_loss(K, math.sqrt(E_W * E_H))
     reached = cross_entropy_loss(H, W, y).item()
-    claims.equal("Fixed simplex, same classes: least CE log(1+(K-1)exp(-E K/(K-1)))", least, reached, 1e-9)
+    claims.equal("On a fixed simplex the least CE is log(1+(K-1)exp(-E K/(K-1)))", least, reached, 1e-9)
     farthest = (H - math.sqrt(E_H / E_W) * W[y]).norm(dim=1).max().item()
-    claims.equal("   every feature is on its class vector: largest distance", 0, farthest, 1e-5)
+    claims.equal("   with every feature, rare too, on its own vector: distance", 0, farthest, 1e-5)
 
     def dr(H, W, y):
         return dot_regression_loss(H, W, y, None, E_W, E_H)
 
     reached = dr(fixed_optimum(dr, W, y, E_H), W, y).item()
-    claims.equal("   dot-regression has no more loss than there", 0, reached, 1e-9)
+    claims.equal("Dot-regression ends at the same place: loss", 0, reached, 1e-9)
 
     # lam = 1/2: the best h has cosine sqrt((K-2) / (2 (K-1))) with both class vectors
     floor = (1 - math.sqrt((K - 2) / (2 * (K - 1)))) ** 2 / 2

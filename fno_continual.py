@@ -83,10 +83,15 @@ def fno_classifier(K: int, d: int, generator: torch.Generator | None = None) -> 
 
 
 class Classifier(nn.Module):
-    """z = W h + b, learnable; or z = w Q h, Q a fixed FNO classifier, w one learnable scalar. In float32."""
+    """z = W h + b, learnable; or z = w Q h, Q a fixed FNO classifier, w one learnable scalar. In float32.
+
+    Raises ValueError for another kind than `learnable` or `fno`.
+    """
 
     def __init__(self, K: int, d: int, kind: str, bias: bool = False):
         super().__init__()
+        if kind not in ("learnable", "fno"):
+            raise ValueError(f"classifier {kind}: expected learnable or fno")
         self.w = 1.0
         self.b = None
         if kind == "fno":

@@ -117,14 +117,20 @@ def class_mean(losses: Tensor, y: Tensor, K: int) -> Tensor:
     return (losses / n[y]).sum() / (n > 0).sum()
 
 
+UNIFORMITIES = ("mhe", "mhs", "mgd")
+
+
 def hug_loss(
     h: Tensor, W: Tensor, y: Tensor, uniformity: str = "mhe", alpha: float = 1.0, beta: float = 1.0
 ) -> Tensor:
     """The hyperspherical uniformity gap, negated. h (B, d), W (K, d), of any length, y (B,) -> scalar.
 
-    uniformity `mhe` is the official loss; `mhs` and `mgd` are reconstructed after it.
+    uniformity `mhe` is the official loss; `mhs` and `mgd` are reconstructed after it. Raises ValueError for
+    another one.
     """
-    x = F.normalize(h, dim=1)
+    if uniformity not in UNIFORMITIES:
+        raise ValueError(f"uniformity {uniformity}: expected one of {UNIFORMITIES}")
+    x = F.normalize(h.to(W.dtype), dim=1)
     w = F.normalize(W, dim=1)
     # U(w_1..w_K)
     if uniformity == "mhe":
@@ -140,6 +146,8 @@ def hug_loss(
 
 def hug_sum_loss(h: Tensor, W: Tensor, y: Tensor, uniformity: str, alpha: float, beta: float) -> Tensor:
     """--reduction sum: sums over ordered pairs and over the batch, nothing detached. h, W of unit length."""
+    if uniformity not in UNIFORMITIES:
+        raise ValueError(f"uniformity {uniformity}: expected one of {UNIFORMITIES}")
     if uniformity == "mhe":
         between = 2 * squared_distances(W).pow(-1).sum()
     elif uniformity == "mhs":

@@ -66,8 +66,10 @@ def neural_collapse(h: Tensor, W: Tensor, y: Tensor, b: Tensor | None = None) ->
 
     Features h (N, d), class vectors W (K, d), labels y (N,), biases b (K,). O(N d^2). Everything else in this
     file takes the same quantities from common.py, which needs no d x d matrix. Raises ValueError for a class
-    without samples.
+    without samples, for fewer than two classes, and for labels that are no integers.
     """
+    if len(W) < 2 or y.is_floating_point():
+        raise ValueError("expected (h, W, y) with two classes or more, labels y as integers")
     h = h.double()
     W = W.double()
     N = len(h)
@@ -108,6 +110,8 @@ def prepare(h: np.ndarray, how: str) -> np.ndarray:
     """
     from sklearn.decomposition import PCA
 
+    if how not in CLUSTERINGS:
+        raise ValueError(f"features {how}: expected one of {CLUSTERINGS}")
     if how == "raw":
         return h
     if how == "whiten":

@@ -180,14 +180,14 @@ def test_ms_raw_is_the_softmax_over_all_mixed_vectors(seed):
 def test_ms_unit_is_the_softmax_over_all_normalised_mixed_vectors(seed):
     h, W, a, b, lam = mixed_batch(seed=seed, unit=True)
     expected = k_squared_softmax(h, W, a, b, lam, 5.0, True)
-    found = script.ms_unit(W, 5.0 * h @ W.T, a, b, lam)
+    found = script.ms_unit(5.0 * h @ W.T, W, a, b, lam)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_ms_unit_survives_opposite_class_vectors():
     W = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], requires_grad=True)  # at lam = 1/2 they mix to nothing
     h = torch.tensor([[0.6, 0.8]], requires_grad=True)
-    loss = script.ms_unit(W, 16 * h @ W.T, torch.tensor([0]), torch.tensor([1]), torch.tensor([0.5]))
+    loss = script.ms_unit(16 * h @ W.T, W, torch.tensor([0]), torch.tensor([1]), torch.tensor([0.5]))
     loss.backward()
     assert loss.isfinite() and W.grad.isfinite().all() and h.grad.isfinite().all()
 
@@ -463,3 +463,11 @@ def test_a_batch_of_one_image_is_refused_where_batchnorm_cannot_use_it(user_erro
     with user_error("--batch-size 2", "3"):
         script.main([*argv, "--method", "bmls+ms", "--ms", "unit"])
     assert not list(tmp_path.rglob("config.json"))
+
+
+def test_the_sampler_refuses_what_it_would_get_wrong_without_a_word():
+    y = torch.tensor([0, 0, 1, 1, 2])
+    with pytest.raises(ValueError, match="orderd"):
+        script.BalancedMixedLabelSampler(y, 3, torch.Generator(), pairs="orderd")
+    with pytest.raises(ValueError, match="label 2"):  # its images would never come
+        script.BalancedMixedLabelSampler(y, 2, torch.Generator())

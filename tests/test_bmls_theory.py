@@ -231,7 +231,7 @@ def test_ms_unit_optimum(lam, cos):
     W, a, b = simplex_etf(10, 10), torch.tensor([0]), torch.tensor([1])
     at = torch.tensor([lam]).double()
     (h,) = minimise(
-        lambda h: ms_unit(W, 10 * F.normalize(h) @ W.T, a, b, at), W[:1] + 0.3 * W[1:2] + 0.1 * W[2:3]
+        lambda h: ms_unit(10 * F.normalize(h) @ W.T, W, a, b, at), W[:1] + 0.3 * W[1:2] + 0.1 * W[2:3]
     )
     v = lam * W[0] + (1 - lam) * W[1]
     assert F.cosine_similarity(h[0], v, dim=0).item() == pytest.approx(cos, abs=5e-3)

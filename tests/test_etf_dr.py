@@ -463,3 +463,11 @@ def test_a_fixed_classifier_is_faster_for_the_few_on_digits(tmp_path, no_figures
     assert remedy["few"] > ce["few"] + 0.15
     assert remedy["minority_cosine_W"] == pytest.approx(-1 / 9, abs=1e-6)
     assert remedy["nc1"] < ce["nc1"]
+
+
+def test_float32_features_go_with_the_float64_vectors_that_simplex_etf_returns():
+    h = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    W = script.simplex_etf(3, 4, torch.Generator().manual_seed(0))
+    y = torch.tensor([0, 1, 2, 0, 1])
+    for loss in (script.cross_entropy_loss, script.dot_regression_loss):
+        assert loss(h, W, y).item() == pytest.approx(loss(h.double(), W, y).item(), rel=1e-5)

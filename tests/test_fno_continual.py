@@ -505,3 +505,8 @@ def test_other_flags_than_the_run_had(no_figures, user_error, tmp_path):
     assert json.dumps(script.main(argv)["results"]) == json.dumps(first)  # finished: not redone
     with user_error("--lr 0.03", "--overwrite"):
         script.main([*argv, "--lr", "0.5"])
+
+
+def test_an_unknown_kind_of_classifier_is_refused():
+    with pytest.raises(ValueError, match="FNO"):
+        script.Classifier(3, 6, "FNO")

@@ -303,3 +303,18 @@ def test_other_flags_than_the_run_had(user_error, tmp_path):
     script.main([*SHORT, "--epochs", "1", "--out", str(tmp_path)])
     with user_error("--intra None, not 0.5", "--overwrite"):
         script.main([*SHORT, "--epochs", "1", "--intra", "0.5", "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize("loss", ["hug_loss", "hug_sum_loss"])
+def test_an_unknown_uniformity_is_refused(loss):
+    with pytest.raises(ValueError, match="MHE"):
+        getattr(script, loss)(torch.eye(3), torch.eye(3), torch.arange(3), "MHE", 1.0, 1.0)
+
+
+def test_the_loss_of_bf16_features_is_computed_in_float32():
+    h = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
+    loss = script.hug_loss(h, torch.eye(3, 4), torch.arange(6) % 3)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(
+        script.hug_loss(h.double(), torch.eye(3, 4).double(), torch.arange(6) % 3).item(), rel=1e-5
+    )

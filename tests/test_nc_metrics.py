@@ -495,3 +495,12 @@ def test_a_few_shot_run_has_no_common_classes(tmp_path, user_error):
     (tmp_path / "result.json").write_text('{"task": "fewshot", "method": "cosine"}')
     with user_error("--run", "few-shot", "other classes"):
         script.main(["--run", str(tmp_path), "--out", str(tmp_path)])
+
+
+def test_snippets_refuse_what_they_would_get_wrong():
+    with pytest.raises(ValueError, match="L2"):
+        script.prepare(np.eye(3), "L2")
+    with pytest.raises(ValueError, match="integers"):
+        script.neural_collapse(torch.eye(3), torch.eye(3), torch.tensor([0.0, 1.0, 2.0]))
+    with pytest.raises(ValueError, match="two classes"):
+        script.neural_collapse(torch.ones(4, 2), torch.ones(1, 2), torch.zeros(4, dtype=torch.long))
