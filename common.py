@@ -771,17 +771,19 @@ def accuracy_per_class(prediction: Tensor, y: Tensor, K: int) -> Tensor:
 def shot_groups(counts: Tensor) -> tuple[dict[str, Tensor], str]:
     """Classes by training images: many (> 100), medium (20 to 100), few (< 20), and the rule in words.
 
-    Where that rule leaves a group empty the classes are cut into thirds by size. (Liu et al. 2019.)
+    Where none are many or none few (Liu et al. 2019): the two sizes of a step, else thirds of the classes.
     """
     groups = {"many": counts > 100, "medium": (counts >= 20) & (counts <= 100), "few": counts < 20}
     rule = "many > 100, medium 20 to 100, few < 20 training images"
-    if not all(mask.any() for mask in groups.values()):
+    if not (groups["many"].any() and groups["few"].any()):
         order = torch.argsort(counts, descending=True, stable=True)
-        thirds = torch.tensor_split(order, 3)
-        groups = {name: torch.zeros_like(counts, dtype=torch.bool) for name in groups}
-        for mask, third in zip(groups.values(), thirds, strict=True):
-            mask[third] = True
-        rule = "many, medium, few: thirds of the classes by training images"
+        if len(counts.unique()) == 2:
+            parts = [counts == counts.max(), counts < 0, counts == counts.min()]
+            rule = "many, few: the classes of the larger and of the smaller size"
+        else:
+            parts = [torch.isin(torch.arange(len(order)).to(order), third) for third in order.tensor_split(3)]
+            rule = "many, medium, few: thirds of the classes by training images"
+        groups = dict(zip(groups, parts, strict=True))
     return {name: mask.nonzero().flatten() for name, mask in groups.items()}, rule
 
 
@@ -795,6 +797,27 @@ def expected_calibration_error(probability: Tensor, y: Tensor, bins: int = 15) -
     which = (confidence * bins).ceil().long().clamp(1, bins) - 1  # bins are (0, 1/b], (1/b, 2/b], ...
     gap = torch.zeros(bins, dtype=torch.float64, device=y.device).index_add_(0, which, right - confidence)
     return float(gap.abs().sum() / len(y))
+
+
+def accuracies(z: Tensor, y: Tensor, counts: Tensor) -> dict:
+    """Accuracy of logits z (N, K): overall, by class size, per class; counts (K,): training images."""
+    prediction = z.argmax(1)
+    per_class = accuracy_per_class(prediction, y, len(counts))
+    groups, rule = shot_groups(counts)
+    return {
+        "accuracy": float((prediction == y).double().mean()),
+        **{group: float(per_class[members].nanmean()) for group, members in groups.items()},
+        "rule": rule,
+        "per_class": per_class.tolist(),
+    }
+
+
+HEADS = {  # on the same features; in figures
+    "own": "its own head",
+    "minus_log_n": "less log n",
+    "equal_length": "equal lengths",
+    "nearest_mean": "nearest class mean",
+}
 
 
 def heads(train_h, train_y, test_h, test_y, W, b=None) -> dict[str, float]:
@@ -1935,6 +1958,25 @@ def curves(path: Path, points: dict[str, tuple], style: dict[str, dict], **axes)
     save_figure(path, figure)
 
 
+def bars(path: Path, found: dict[str, dict[str, list[float]]], style: dict[str, dict], **axes) -> None:
+    """Groups of bars, {bar: {group: values over seeds}}: means, with the sample std as a whisker."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    plot = figure.subplots()
+    groups = list(dict.fromkeys(group for values in found.values() for group in values))
+    width = 0.8 / len(found)
+    for i, (name, of_group) in enumerate(found.items()):
+        x = [groups.index(group) + (i + 0.5) * width - 0.4 for group in of_group]
+        mean = [np.mean(values) for values in of_group.values()]
+        std = [np.std(values, ddof=1) if len(values) > 1 else 0 for values in of_group.values()]
+        plot.bar(x, mean, width, yerr=std, color=style[name]["color"], label=name)
+    plot.set(**axes)
+    plot.set_xticks(range(len(groups)), groups, rotation=20, ha="right")
+    figure.legend(loc="outside right upper", frameon=False)
+    save_figure(path, figure)
+
+
 def heat_maps(path: Path, maps: dict[str, np.ndarray], *, label: str, limits: tuple, diverging: bool, **axes):
     """Square maps side by side with one colour bar. diverging: red, white at 0, blue, for cosines."""
     from matplotlib.figure import Figure
@@ -1954,8 +1996,10 @@ def heat_maps(path: Path, maps: dict[str, np.ndarray], *, label: str, limits: tu
 
 
 def mean_std(values: list[float], digits: int = 2, factor: float = 1.0) -> str:
-    """`34.20 ± 0.31` over seeds (sample std); one value stands alone."""
+    """`34.20 ± 0.31` over seeds (sample std); one value stands alone, and what is not defined is `-`."""
     values = [factor * v for v in values]
+    if np.isnan(values).any():
+        return "-"
     if len(values) == 1:
         return f"{values[0]:.{digits}f}"
     return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}"

@@ -166,14 +166,16 @@ from torch import nn
 
 from common import (
     COLOURS,
+    HEADS,
     Arguments,
     Batches,
     Claims,
     Dataset,
     Run,
     UserError,
-    accuracy_per_class,
+    accuracies,
     at_least,
+    bars,
     collapse_metrics,
     command_line,
     cosines,
@@ -476,6 +478,7 @@ METHODS = {
     "etf+dr": Method(True, "dr", False, "fixed simplex ETF, dot-regression (both remedies)"),
     "etf+dr+mixup": Method(True, "dr", True, "the same with Mixup: the method as released"),
 }
+USUAL = ["ce", "etf+ce", "etf+dr"]  # what is trained without --method
 # h (B, d), W (K, d), y (B,), weight (B,) of each sample's loss, E_W -> scalar
 LOSSES = {
     "ce": lambda h, W, y, weight, E_W: cross_entropy_loss(h, W, y, weight),
@@ -595,23 +598,6 @@ def embed(model: nn.ModuleDict, images: Tensor, data: Dataset, run: Run) -> tupl
     return torch.cat(hs).to(where), W.detach().to(where)
 
 
-# [copied: accuracies]
-def accuracies(z: Tensor, y: Tensor, counts: Tensor) -> dict:
-    """Accuracy of logits z (N, K): overall, by class size, per class; counts (K,): training images."""
-    prediction = z.argmax(1)
-    per_class = accuracy_per_class(prediction, y, len(counts))
-    groups, rule = shot_groups(counts)
-    return {
-        "accuracy": float((prediction == y).double().mean()),
-        **{group: float(per_class[members].nanmean()) for group, members in groups.items()},
-        "rule": rule,
-        "per_class": per_class.tolist(),
-    }
-
-
-# [end copied]
-
-
 def test(model: nn.ModuleDict, data: Dataset, run: Run) -> dict[str, float]:
     """Test accuracy, overall and by class size, for this epoch's line of metrics.jsonl."""
     h, W = embed(model, data.test_x, data, run)
@@ -641,13 +627,11 @@ def measure(model: nn.ModuleDict, data: Dataset, run: Run) -> dict:
 # [copied: draw_figures]
 def draw_figures(folder: Path, runs: list[Run]) -> None:
     """Three figures of finished runs, methods side by side; means over seeds, heat maps of the first seed."""
-    n = np.array(runs[0].finished["counts"])
-    order = np.argsort(-n, kind="stable")  # largest class first
-    groups = np.array_split(order, min(10, len(order)))  # ten groups of classes, also for 100 classes
+    order = np.argsort(-np.array(runs[0].finished["counts"]), kind="stable")  # largest class first
     file, key, factor, label = PROGRESS
     over_epochs = {}
     maps = {}
-    by_class = {}
+    by_head = {title: {} for title in HEADS.values()}  # {head: {method: accuracy of every seed}}
     for name in METHODS:
         found = [run for run in runs if run.name == name]
         if not found:
@@ -657,15 +641,14 @@ def draw_figures(folder: Path, runs: list[Run]) -> None:
         over_epochs[name] = [line["epoch"] for line in tested[0]], values
         maps[name] = cosines(torch.from_numpy(found[0].load_features()["W"][order])).numpy()
         np.fill_diagonal(maps[name], np.nan)
-        accuracy = 100 * np.mean([run.finished["per_class"] for run in found], axis=0)
-        by_class[name] = [n[g].mean() for g in groups], [np.nanmean(accuracy[g]) for g in groups]
+        for head, title in HEADS.items():
+            by_head[title][name] = [100 * run.finished["heads"][head] for run in found]
 
-    style = styles(METHODS)
+    style = styles(dict.fromkeys([*USUAL, *METHODS]))  # the strongest colours first
     curves(folder / file, over_epochs, style, xlabel="epoch", ylabel=label)
     axes = {"xlabel": "class, largest first", "ylabel": "class, largest first"}
     heat_maps(folder / "class_vectors.png", maps, label="cosine", limits=(-1, 1), diverging=True, **axes)
-    axes = {"xlabel": "training images of the class", "ylabel": "test accuracy (%)", "xscale": "log"}
-    curves(folder / "accuracy_by_class.png", by_class, style, **axes)
+    bars(folder / "heads.png", by_head, styles(by_head), ylabel="test accuracy (%)", ylim=(0, 100))
 
 
 # [end copied]
@@ -694,13 +677,13 @@ def print_results(runs: list[Run], folder: Path) -> None:
 best: highest accuracy of the tested epochs, chosen on the test set
 -log n: the same logits less log n_k, which outweighs those of a fixed simplex (-E_W^.5 to E_W^.5)
 near mean: nearest class mean of the same features
-cos few: mean cosine of the few's class vectors; 1: minority collapse, -1/(K-1): a simplex; nan: one class
+cos few: mean cosine of the few's class vectors; 1: minority collapse, -1/(K-1): a simplex; -: no such class
 NC1: spread of features within classes over that between them; 0: collapsed onto their class means""")
     for name in dict.fromkeys(run.name for run in runs):
         print(f"{name}: {METHODS[name].about}")
     print(f"""figures in {folder}:
   training.png           test accuracy over epochs: which method gets there in how many
-  accuracy_by_class.png  what the long tail costs: accuracy by class size
+  heads.png              what the same features give under other heads, without training
   class_vectors.png      cosines of class vectors: a red block at the lower right is minority collapse""")
 
 
@@ -713,9 +696,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, with each default filled in and each value checked. Raises UserError."""
     about = {name: method.about for name, method in METHODS.items()}
     defaults = {"dataset": "digitslt", "eval_every": 10, "image_size": 224}
-    flags = Arguments(
-        "etf_dr", __doc__.partition("\n")[0], about, ["ce", "etf+ce", "etf+dr"], RECIPES, **defaults
-    )
+    flags = Arguments("etf_dr", __doc__.partition("\n")[0], about, USUAL, RECIPES, **defaults)
     add = flags.add
     add("--net", choices=list(NETWORKS), help="network")
     add("--width", type=at_least(1), help="channels times this; not resnet50")
@@ -744,7 +725,6 @@ def main(argv: list[str] | None = None) -> dict:
             run = open_run(args, name, seed, data)
             if not run.finished:
                 run.finish(train(args, name, seed, data, run))
-                draw_figures(run.folder, [run])
             runs.append(run)
     print_results(runs, args.folder)
     draw_figures(args.folder, finished_runs(args, runs))

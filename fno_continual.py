@@ -226,6 +226,7 @@ from common import (
     UserError,
     accuracy_per_class,
     at_least,
+    bars,
     class_sums,
     collapse_metrics,
     command_line,
@@ -239,7 +240,6 @@ from common import (
     nc1,
     open_run,
     prepare_data,
-    save_figure,
     self_duality,
     split_name,
     split_tasks,
@@ -281,7 +281,9 @@ def toy_stream(kind: str, mask: bool, steps: int = 200) -> list[float]:
 
     Two classes per task, one layer h = relu(V x), no buffer, full-batch gradient descent, float64.
     """
-    K, d, D = 4, 40, 20
+    K = 4
+    d = 40
+    D = 20
     generator = torch.Generator().manual_seed(0)
     y = torch.arange(K).repeat_interleave(50)
     x = 2 * torch.eye(K, D, dtype=torch.float64)[y] + 1  # + 1: a direction that all share; tasks interfere
@@ -685,19 +687,19 @@ def by_job(runs: list[Run]) -> dict[str, list[Run]]:
 
 def draw_figures(folder: Path, runs: list[Run]) -> None:
     """Three figures of finished runs, jobs side by side: means over seeds, feature maps of the first seed."""
-    bars = {}  # {"fno-mask": {"er50": class-IL of every seed}}
+    class_il = {}  # {"fno-mask": {"er50": class-IL of every seed}}
     streams = {}
     energy = {}
     for name, seeds in by_job(runs).items():
         results = [run.finished for run in seeds]
         learner = f"{results[0]['method']}{results[0]['buffer'] or ''}"
         accuracies = [100 * result["class_il"] for result in results]
-        bars.setdefault(name.removeprefix(f"{learner}-"), {})[learner] = accuracies
+        class_il.setdefault(name.removeprefix(f"{learner}-"), {})[learner] = accuracies
         if results[0]["method"] != "joint":  # which has no past
             streams[name] = 100 * np.mean([result["matrix_class_il"] for result in results], axis=0)
         energy[name] = 100 * seeds[0].load_features()["energy"]
 
-    draw_bars(folder / "class_il.png", bars)
+    bars(folder / "class_il.png", class_il, STYLE, ylabel="class-IL accuracy (%)", ylim=(0, 100))
     options = {"limits": (0, 100), "diverging": False}
     if streams:
         T = runs[0].config["flags"]["tasks"]
@@ -706,24 +708,6 @@ def draw_figures(folder: Path, runs: list[Run]) -> None:
         heat_maps(folder / "forgetting.png", streams, label="class-IL accuracy (%)", **options, **axes)
     axes = {"label": "share of the features' squared norm (%)", "xlabel": "dimensions of class"}
     heat_maps(folder / "feature_energy.png", energy, ylabel="features of class", **options, **axes)
-
-
-def draw_bars(path: Path, bars: dict[str, dict[str, list[float]]]) -> None:
-    """Class-IL of each learner, a bar for each classifier with and without mask; mean and std over seeds."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    plot = figure.subplots()
-    learners = list(dict.fromkeys(learner for found in bars.values() for learner in found))
-    width = 0.8 / len(bars)
-    for i, (name, found) in enumerate(bars.items()):
-        x = [learners.index(learner) + (i + 0.5) * width - 0.4 for learner in found]
-        mean = [np.mean(values) for values in found.values()]
-        std = [np.std(values, ddof=1) if len(values) > 1 else 0 for values in found.values()]
-        plot.bar(x, mean, width, yerr=std, color=STYLE[name]["color"], label=name)
-    plot.set(xticks=range(len(learners)), xticklabels=learners, ylabel="class-IL accuracy (%)", ylim=(0, 100))
-    figure.legend(loc="outside right upper", frameon=False)
-    save_figure(path, figure)
 
 
 def print_results(runs: list[Run], folder: Path) -> None:
@@ -735,7 +719,6 @@ def print_results(runs: list[Run], folder: Path) -> None:
         cells = [mean_std([result[key] for result in found], 1, 100) for key in percent]
         for key in ("old_cosine_W", "znc_alignment", "nc3"):
             cells.append(mean_std([result[key] for result in found]))
-        cells = ["-" if cell.startswith("nan") else cell for cell in cells]  # a joint run's forgetting
         rows.append([name, len(seeds), *cells])
     header = ["method-classifier", "seeds", "class-IL", "train", "fit", "task-IL", "forgetting", "own energy"]
     print("\n" + table([*header, "old cos W", "ZNC3", "NC3"], rows))
@@ -767,7 +750,7 @@ figures in {folder}:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, with every default filled in. Raises UserError."""
     about = {name: method.about for name, method in METHODS.items()}
-    usual = ["sgd", "er", "der++", "joint"]
+    usual = ["sgd", "er", "joint"]
     title = __doc__.partition("\n")[0]
     flags = Arguments("fno_continual", title, about, usual, RECIPES, eval_every=None)
     add = flags.add

@@ -795,7 +795,6 @@ def main(argv: list[str] | None = None) -> dict:
             run = open_run(args, name, seed, data)
             if not run.finished:
                 run.finish(train(args, name, seed, data, run))
-                draw_figures(run.folder, [run])
             runs.append(run)
     print_results(runs, args.folder)
     draw_figures(args.folder, finished_runs(args, runs))

@@ -35,22 +35,18 @@ FEATURES OF ANY FRAMEWORK: np.savez("features.npz", train_h=h, train_y=y) with t
 (N,) integers 0..K-1; and if there are any: test_h, test_y (the same), W (K, d) class vectors, b (K,) biases:
 logits h W^T + b. Without W all that needs it is left out.
 
-WHICH CONVENTION. Papers and code disagree; each metric's docstring in common.py names its own.
-- NC1: trace of Sigma_W pinv(Sigma_B), divided by K. Papyan et al.'s notebook does not divide. Sigma_W is
-  pooled over samples, mu_G is the mean of the class means (under imbalance not that of the samples).
-- NC2: spread of the norms by the population std (the notebook's is the sample's, sqrt(K/(K-1)) larger).
-- NC3: the squared Frobenius distance of the notebook; nc3_etf is the one of Zhu et al.'s code.
-- NC4: mismatch with the network's own decision, bias included. (Released code compares with the labels, or
-  leaves the bias out.)
-- Test features are measured around their own class means, but NC4 uses the training means.
-- Zero error: the first epoch with 99.9% of the images right while training (the released ZNC code's bound).
+WHICH CONVENTION. Papers and code disagree; each metric's docstring in common.py names its own. Sigma_W is
+pooled over samples, mu_G is the mean of the class means (under imbalance not that of the samples). NC4 is
+about the network's own decision, bias included. Test features are measured around their own class means, but
+NC4 uses the training means. Zero error: the first epoch with 99.9% of the images right while training (the
+released ZNC code's bound).
 
 WHAT THE SOURCES LEAVE OPEN. Pairing class k with k + K/2, the matrix of mean squared distances, clustering
 inside each coarse class and naming the clusters by the best permutation are reconstructed. How features are
-prepared before k-means decides what is found, and what was published we do not know: unit length is our
-default, raw, whitened and t-SNE stand beside it (--cluster). Augmentation is off, as in the literature on
-neural collapse. On 8 x 8 digits an untrained network shows the pairs as well as a trained one: take real
-images, and read the untrained column.
+prepared before k-means decides what is found, and what was published we do not know: unit length is what we
+compare, raw and whitened features stand beside it. Augmentation is off, as in the literature on neural
+collapse. On 8 x 8 digits an untrained network shows the pairs as well as a trained one: take real images, and
+read the untrained column.
 """
 
 # %% [markdown]
@@ -99,30 +95,25 @@ def neural_collapse(h: Tensor, W: Tensor, y: Tensor, b: Tensor | None = None) ->
     return {name: float(value) for name, value in measured.items()}
 
 
-CLUSTERINGS = ("l2", "raw", "whiten", "tsne")
+CLUSTERINGS = ("l2", "raw", "whiten")
 
 
-def prepare(h: np.ndarray, how: str, seed: int) -> np.ndarray:
+def prepare(h: np.ndarray, how: str) -> np.ndarray:
     """Features of one coarse class, (n, d) -> (n, p), as k-means will see them.
 
     In deep nets the first thing that k-means finds in a class is how long the features are:
     l2      unit length, so that only the direction is left
     raw     as they are
     whiten  the first five principal components, each at unit variance
-    tsne    a t-SNE map of the unit features into the plane (Yang et al. may have used it; minutes at 10,000)
     """
     from sklearn.decomposition import PCA
-    from sklearn.manifold import TSNE
 
     if how == "raw":
         return h
     if how == "whiten":
         return PCA(min(5, *h.shape), whiten=True, svd_solver="full").fit_transform(h)
     length = np.linalg.norm(h, axis=1, keepdims=True)
-    h = h / np.where(length > 0, length, 1)
-    if how == "tsne" and np.ptp(h, axis=0).max() > 1e-6:  # equal rows would crash it
-        return TSNE(init="pca", perplexity=min(30, (len(h) - 1) / 3), random_state=seed).fit_transform(h)
-    return h
+    return h / np.where(length > 0, length, 1)
 
 
 def recover_labels(
@@ -144,7 +135,7 @@ def recover_labels(
         k_means = KMeans(len(fine), n_init=10, random_state=seed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that fewer distinct points than clusters are left: collapse
-            cluster = k_means.fit_predict(prepare(h[rows], how, seed))
+            cluster = k_means.fit_predict(prepare(h[rows], how))
         truth = [fine_y[rows][cluster == i] for i in range(len(fine))]  # of each cluster
         overlap = np.array([[(y == f).sum() for f in fine] for y in truth])
         _, name = linear_sum_assignment(overlap, maximize=True)
@@ -165,11 +156,10 @@ def probe_accuracy(h: np.ndarray, y: np.ndarray, test_h: np.ndarray, test_y: np.
 
 
 def sister_ratio(D: Tensor, coarse: Tensor) -> float:
-    """How far apart two fine classes of one coarse class are, over the distance within a fine class.
+    """Mean of D_ij over the fine classes i, j of one coarse class, over that of D_ii, within a fine class.
 
-    Mean of D_ij over such sisters, over that of D_ii. D (K, K) mean squared distances between fine classes,
-    coarse (K,) their coarse class. 1: no farther apart than two samples of one fine class; what NC1 -> 0
-    would have us believe.
+    D (K, K) mean squared distances between fine classes, coarse (K,) their coarse class. 1: sisters are no
+    farther apart than two samples of one class; what NC1 -> 0 would have us believe.
     """
     sisters = (coarse[:, None] == coarse).to(D.device)
     own = torch.eye(len(D), dtype=torch.bool, device=D.device)
@@ -181,71 +171,21 @@ def sister_ratio(D: Tensor, coarse: Tensor) -> float:
 import argparse
 import math
 from pathlib import Path
-from typing import NamedTuple
 
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import nn
+from torch.optim.swa_utils import update_bn
 
-from common import (
-    VCI_LARGEST_D,
-    Arguments,
-    Batches,
-    Claims,
-    Dataset,
-    Run,
-    UserError,
-    a_path,
-    at_least,
-    cdnv,
-    class_distances,
-    class_means,
-    class_sums,
-    clustering_agreement,
-    coarse_labels,
-    command_line,
-    cosines,
-    curves,
-    equiangularity,
-    equinorm,
-    generalized_metrics,
-    gnc3,
-    heat_maps,
-    keep_per_class,
-    logits,
-    mean_pairwise_cosine,
-    mean_std,
-    metric_device,
-    minimise,
-    minority_angle,
-    nc0,
-    nc1,
-    nearest_mean_mismatch,
-    one_vs_rest_distance,
-    open_run,
-    pick_device,
-    prepare_data,
-    save_figure,
-    self_duality,
-    shot_groups,
-    simplex_etf_distance,
-    split_name,
-    styles,
-    table,
-    to_json,
-    trace_ratio,
-    unit,
-    vci,
-    zero_mean_metrics,
-)
+import common
+from common import Batches, Dataset, Run, UserError, coarse_labels, curves, heat_maps, styles, table
 
 # %% [markdown]
 # # 2. Theory check
 # Configurations whose metrics are known exactly.
 
+
 # %%
-
-
 def simplex(K: int, d: int) -> Tensor:
     """A simplex ETF, (K, d) float64 for d >= K: unit rows, every pairwise cosine -1/(K-1)."""
     corners = (torch.eye(K, dtype=torch.float64) - 1 / K) * math.sqrt(K / (K - 1))
@@ -263,37 +203,36 @@ def around(means: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
     return h, torch.arange(K).repeat_interleave(2 * d)
 
 
-def peeled_optimum(K: int, n: int, reg: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Optimal features H (K n, d), class vectors W (K, d) and labels where every sample's feature is free."""
+def peeled_optimum(K: int, n: int, lam: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The layer-peeled model, every feature free: optimal H (K n, d), class vectors W (K, d), labels."""
     generator = torch.Generator().manual_seed(0)
     y = torch.arange(K).repeat_interleave(n)
     W, H = (torch.randn(rows, 16, generator=generator, dtype=torch.float64) for rows in (K, K * n))
 
     def loss(W: Tensor, H: Tensor) -> Tensor:
-        # L = 1/N sum_i CE(W h_i) + lam/2 ||W||^2 + lam/2 1/N sum_i ||h_i||^2
-        return F.cross_entropy(H @ W.T, y) + reg / 2 * (W.square().sum() + H.square().sum() / len(y))
+        # L = 1/N sum_i CE(W h_i) + lam/2 (||W||^2 + 1/N sum_i ||h_i||^2)
+        return F.cross_entropy(H @ W.T, y) + lam / 2 * (W.square().sum() + H.square().sum() / len(y))
 
-    W, H = minimise(loss, W, H, steps=1500)
+    W, H = common.minimise(loss, W, H, steps=1500)
     return H, W, y
 
 
-def mixture(depth: int, steps: int, seed: int, width: int = 256) -> dict[str, tuple[list, list]]:
+def mixture(depth: int, steps: int, seed: int) -> dict[str, tuple[list, list]]:
     """Curves over steps, NC1 and purity of k-means, where a ReLU network learns four clusters in two classes.
 
     Gaussian clusters in d = 64: orthogonal means of norm 3, sigma = 0.5, 250 samples each, label k mod 2.
-    `depth` hidden layers. (Yang et al. prove a theorem in a setting of this kind, which we did not see.)
+    `depth` hidden layers of 256. (Yang et al. prove a theorem in such a setting, which we did not see.)
     """
     generator = torch.Generator().manual_seed(seed)
     fine = torch.arange(4).repeat_interleave(250)
     x = 3 * torch.eye(4, 64)[fine] + 0.5 * torch.randn(1000, 64, generator=generator)
     y = fine % 2
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        layers = [layer for i in range(depth) for layer in (nn.Linear(width if i else 64, width), nn.ReLU())]
-        model = nn.Sequential(*layers, nn.Linear(width, 2))
+    torch.manual_seed(seed)
+    layers = [layer for i in range(depth) for layer in (nn.Linear(256 if i else 64, 256), nn.ReLU())]
+    model = nn.Sequential(*layers, nn.Linear(256, 2))
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
-    measured = {"NC1": [], "purity, raw": [], "purity, l2": [], "purity, whiten": []}
     at = [steps // 100, steps // 10, steps // 3, steps]
+    measured = {"NC1": (at, []), **{f"purity, {how}": (at, []) for how in CLUSTERINGS}}
     for step in range(1, steps + 1):
         rows = torch.randint(1000, (128,), generator=generator)
         loss = F.cross_entropy(model(x[rows]), y[rows])
@@ -302,11 +241,11 @@ def mixture(depth: int, steps: int, seed: int, width: int = 256) -> dict[str, tu
         optimizer.step()
         if step in at:
             h = model[:-1](x).detach()
-            measured["NC1"].append(nc1(h, y)[0])
-            for how in ("raw", "l2", "whiten"):
+            measured["NC1"][1].append(common.nc1(h, y)[0])
+            for how in CLUSTERINGS:
                 found = recover_labels(h.numpy(), y.numpy(), fine.numpy(), how, 0)
-                measured[f"purity, {how}"].append(clustering_agreement(found, fine)["purity"])
-    return {name: (at, values) for name, values in measured.items()}
+                measured[f"purity, {how}"][1].append(common.clustering_agreement(found, fine)["purity"])
+    return measured
 
 
 def check_theory(folder: Path) -> dict:
@@ -315,31 +254,33 @@ def check_theory(folder: Path) -> dict:
     d = 32
     r = 3.0  # length of the means
     sigma = 0.2
-    claims = Claims()
+    claims = common.Claims()
     etf = simplex(K, d)
 
-    # ETF means of norm r, covariance exactly sigma^2 I within: everything is known
+    H, W, y = peeled_optimum(K, 4, 0.02)
+    worst = max(neural_collapse(H, W, y).values())
+    claims.equal("The layer-peeled model collapses wholly: largest of NC0 to NC4", 0, worst, 1e-6)
+
+    # ETF means of norm r, covariance exactly sigma^2 I within, class vectors along the means: all is known
     h, y = around(r * etf, sigma)
+    found = neural_collapse(h, etf, y)
     expected = sigma**2 * (K - 1) ** 2 / (K * r**2)
-    claims.equal("A simplex: NC1 = sigma^2 (K-1)^2 / (K r^2)", expected, nc1(h, y)[0], 1e-9)
+    claims.equal("A simplex: NC1 = sigma^2 (K-1)^2 / (K r^2)", expected, found.pop("nc1"), 1e-9)
+    claims.equal("   NC0, NC2, NC3 and NC4 are 0: the largest", 0, max(found.values()), 1e-9)
     expected = d * sigma**2 * (K - 1) / (2 * K * r**2)
-    claims.equal("   CDNV = d sigma^2 (K-1) / (2 K r^2)", expected, cdnv(h, y), 1e-9)
+    claims.equal("   CDNV = d sigma^2 (K-1) / (2 K r^2)", expected, common.cdnv(h, y), 1e-9)
 
     # NC1 does not see spread across the span of the class means: two sub-clusters in every class, 2a apart
     axis = F.one_hot(torch.tensor(d - 1), d)  # orthogonal to all class means
     h = torch.cat([r * etf + 2 * axis, r * etf - 2 * axis])
     y = torch.arange(K).repeat(2)
-    claims.equal("Two sub-clusters in every class: NC1 is blind to them", 0, nc1(h, y)[0], 1e-9)
-    claims.equal("   the trace ratio is not: a^2 / r^2", 4 / r**2, trace_ratio(h, y), 1e-9)
+    claims.equal("Two sub-clusters in every class: NC1 is blind to them", 0, common.nc1(h, y)[0], 1e-9)
+    claims.equal("   the trace ratio is not: a^2 / r^2", 4 / r**2, common.trace_ratio(h, y), 1e-9)
 
     # More classes than the simplex has room for, K > d + 1: how far can each stay from the others?
     corners = torch.eye(5)
-    distance, _ = one_vs_rest_distance(torch.cat([corners, -corners]))
+    distance, _ = common.one_vs_rest_distance(torch.cat([corners, -corners]))
     claims.equal("Ten directions in five dimensions: one-vs-rest distance", 1, float(distance.min()), 1e-6)
-
-    H, W, y = peeled_optimum(K, 4, 0.02)
-    worst = max(neural_collapse(H, W, y).values())
-    claims.equal("The layer-peeled model collapses wholly: largest of NC0 to NC4", 0, worst, 1e-6)
 
     # A network on four clusters in two classes: NC1 falls, the clusters remain
     points = mixture(depth=4, steps=1000, seed=0)
@@ -462,9 +403,8 @@ def build_model(args: argparse.Namespace, data: Dataset) -> nn.ModuleDict:
 # %% [markdown]
 # # 4. Training
 
+
 # %%
-
-
 METHODS = {"ce": "cross-entropy, linear classifier with bias"}
 # SGD and Adam have the weight decay in the gradient, AdamW beside it: that decides about NC0 (2602.16642)
 OPTIMIZERS = {
@@ -487,22 +427,16 @@ MILESTONES |= {211, 237, 265, 295, 327, 350}
 ZERO_ERROR = 0.999  # share of right images from which an epoch counts as one of zero error
 
 
-class Fine(NamedTuple):
-    """The labels that a network trained on coarse ones never saw."""
-
-    train_y: Tensor
-    test_y: Tensor
-    classes: tuple[str, ...]
-    coarse: Tensor  # (K,): the coarse class of each fine one
-
-
 def learning_rate(epoch: int, args: argparse.Namespace) -> float:
     """--lr, a tenth of it after a third of the epochs, a hundredth after two thirds."""
     return args.lr * (1, 0.1, 0.01)[3 * epoch // args.epochs]
 
 
-def train(args: argparse.Namespace, seed: int, data: Dataset, fine: Fine | None, run: Run) -> dict:
-    """Train with one seed, from the last checkpoint on. Returns what was measured at the end."""
+def train(args: argparse.Namespace, seed: int, data: Dataset, fine: Dataset | None, run: Run) -> dict:
+    """Train with one seed, from the last checkpoint on. Returns what was measured at the end.
+
+    fine: the same images with the fine labels, which the network never sees; None without --coarse.
+    """
     N = len(data.train_y)
     torch.manual_seed(seed)  # initial weights
     generator = torch.Generator().manual_seed(seed)  # order and augmentation
@@ -542,52 +476,49 @@ def train(args: argparse.Namespace, seed: int, data: Dataset, fine: Fine | None,
 # %% [markdown]
 # # 5. Results
 
+
 # %%
-
-
-def directions(V: Tensor, few: Tensor, suffix: str) -> dict[str, float]:
-    """Generalized collapse of the rows of V (K, d), and how close the classes `few` are to one another."""
-    found = generalized_metrics(V)
-    found |= {"minority_angle": minority_angle(V, few), "minority_cosine": mean_pairwise_cosine(V, few)}
+def directions(V: Tensor, suffix: str, few: Tensor | None) -> dict[str, float]:
+    """NC2 of class vectors or centred means V (K, d); with `few` also GNC2, and how close those rows are."""
+    found = {
+        "nc2_equinorm": common.equinorm(V),
+        "nc2_equiangular": common.equiangularity(V),
+        "nc2_etf": common.simplex_etf_distance(V),
+    }
+    if few is not None:
+        found |= common.generalized_metrics(V)
+        found["minority_angle"] = common.minority_angle(V, few)
+        found["minority_cosine"] = common.mean_pairwise_cosine(V, few)
     return {f"{key}_{suffix}": value for key, value in found.items()}
 
 
 def measure(h: Tensor, y: Tensor, K: int, W=None, b=None, means=None, few=None) -> dict[str, float]:
-    """Accuracy and NC0 to NC4 of features h (N, d), labels y (N,), class vectors W (K, d), biases b (K,).
+    """Accuracy and NC1 to NC4 of features h (N, d), labels y (N,), class vectors W (K, d), biases b (K,).
 
     means (K, d): the class means that NC4 decides by, the training split's; this split's own by default.
     few: the rare classes; with them come the measures that cost more. Without W what needs it is left out.
     Raises ValueError for a class without samples.
     """
-    sums = class_sums(h, y, K)
+    sums = common.class_sums(h, y, K)
     M = sums.centred  # (K, d)
-    spread, rank = nc1(h, y, sums)
-    result = {
-        "nc1": spread,
-        "nc1_rank": rank,
-        "trace_ratio": trace_ratio(h, y, sums),
-        "cdnv": cdnv(h, y, sums),
-        "nc2_equinorm_M": equinorm(M),
-        "nc2_equiangular_M": equiangularity(M),
-        "nc2_etf_M": simplex_etf_distance(M),
-    }
+    spread, rank = common.nc1(h, y, sums)
+    result = {"nc1": spread, "nc1_rank": rank, **directions(M, "M", few)}
+    result["trace_ratio"] = common.trace_ratio(h, y, sums)
+    result["cdnv"] = common.cdnv(h, y, sums)
     if W is not None:
-        decision = logits(h, W, b).argmax(1)
-        result |= {
-            "accuracy": float((decision == y.to(decision.device)).double().mean()),
-            "nc0": nc0(W),
-            "nc2_equinorm_W": equinorm(W),
-            "nc2_equiangular_W": equiangularity(W),
-            "nc2_etf_W": simplex_etf_distance(W),
-            "nc3": self_duality(W, M),
-            "nc3_etf": simplex_etf_distance(W, M),
-            "nc4": nearest_mean_mismatch(h, decision, sums.mean if means is None else means),
-        }
+        decision = common.logits(h, W, b).argmax(1)
+        means = sums.mean if means is None else means
+        result["accuracy"] = float((decision == y.to(decision.device)).double().mean())
+        result["nc3"] = common.self_duality(W, M)
+        result["nc3_etf"] = common.simplex_etf_distance(W, M)
+        result["nc4"] = common.nearest_mean_mismatch(h, decision, means)
     if few is not None:
-        result |= {"vci": vci(h, y, sums), "znc1": nc1(h, y, sums, centred=False)[0]}
-        result |= zero_mean_metrics(sums.mean, W) | directions(M, few, "M")
-        result["gnc1"] = nc1(unit(h).nan_to_num(), y)[0]  # a feature of zeros stays one
-        result |= {} if W is None else {"gnc3": gnc3(W, M)}
+        result["vci"] = common.vci(h, y, sums)
+        result["znc1"], _ = common.nc1(h, y, sums, centred=False)
+        result["gnc1"], _ = common.nc1(common.unit(h).nan_to_num(), y)  # a feature of zeros stays one
+        result |= common.zero_mean_metrics(sums.mean, W)
+        if W is not None:
+            result["gnc3"] = common.gnc3(W, M)
     return result
 
 
@@ -595,116 +526,102 @@ def measure_splits(arrays: dict[str, Tensor], K: int, few: Tensor | None = None)
     """{"train": ..., "test": ...}, measures of the features in `arrays`, which are named as in features.npz.
 
     Test features are measured around their own class means, but NC4 decides by those of training. What
-    concerns W alone is in "train".
+    concerns W alone, NC0 among it, is in "train".
     """
     W = arrays.get("W")
-    means = class_means(arrays["train_h"], arrays["train_y"], K)
+    means = common.class_means(arrays["train_h"], arrays["train_y"], K)
     found = {}
     for split in ("train", "test"):
         if f"{split}_h" in arrays:
             h = arrays[f"{split}_h"]
             y = arrays[f"{split}_y"]
             found[split] = measure(h, y, K, W, arrays.get("b"), means, few)
-    for key in [key for key in found.get("test", {}) if key == "nc0" or key.endswith("_W")]:
-        del found["test"][key]
-    if few is not None and W is not None:
-        found["train"] |= directions(W, few, "W")
+    if W is not None:
+        found["train"] |= {"nc0": common.nc0(W), **directions(W, "W", few)}
     return found
 
 
 @torch.no_grad()
-def embed(network: nn.Module, images: Tensor, data: Dataset, run: Run) -> Tensor:
-    """Features h (N, d) of every image, in order, unaugmented, in float32."""
+def embed(network: nn.Module, data: Dataset, run: Run) -> dict[str, Tensor]:
+    """train_h, train_y, test_h, test_y as in features.npz: all images in order, unaugmented, in float32."""
     network.eval()
-    hs = []
-    loader = Batches(images, data.mean, data.std, device=run.device)
-    for _, x in loader.epoch(torch.arange(len(images)), 1000):
-        with run.autocast():
-            hs.append(network(x).float())
-    h = torch.cat(hs).to(metric_device(run.device))
-    if not h.isfinite().all():
-        raise UserError(f"{run.title}: features that are not finite; lower --lr and --overwrite")
-    return h
+    arrays = {}
+    for split, images, y in (("train", data.train_x, data.train_y), ("test", data.test_x, data.test_y)):
+        hs = []
+        for _, x in Batches(images, data.mean, data.std, device=run.device).all():
+            with run.autocast():
+                hs.append(network(x).float())
+        h = torch.cat(hs)
+        if not h.isfinite().all():
+            raise UserError(f"{run.title}: features that are not finite; lower --lr and --overwrite")
+        arrays |= {f"{split}_h": h, f"{split}_y": y}
+    return arrays
 
 
 def measure_model(model: nn.ModuleDict, data: Dataset, run: Run) -> tuple[dict, dict[str, Tensor]]:
     """Accuracies and measures, those of the test split as test_..., and the arrays that they are of."""
-    arrays = {}
-    for split, x, y in (("train", data.train_x, data.train_y), ("test", data.test_x, data.test_y)):
-        h = embed(model["network"], x, data, run)
-        arrays |= {f"{split}_h": h, f"{split}_y": y.to(h.device)}
-    arrays["W"], arrays["b"] = (p.detach().to(h.device) for p in model["classifier"].parameters())
+    arrays = embed(model["network"], data, run)
+    arrays |= {"W": model["classifier"].weight.detach(), "b": model["classifier"].bias.detach()}
+    arrays = {key: array.to(common.metric_device(run.device)) for key, array in arrays.items()}
     found = measure_splits(arrays, len(data.classes))
     accuracy = {"accuracy": found["test"].pop("accuracy"), "train_accuracy": found["train"].pop("accuracy")}
     return accuracy | found["train"] | {f"test_{key}": v for key, v in found["test"].items()}, arrays
 
 
 def plane(h: Tensor, y: Tensor) -> list:
-    """Forty features of each of the first three classes, in the plane of their means, for a picture.
-
-    The means are centred at 0 and have mean length 1; the first lies on the x axis.
-    """
+    """Forty features of each of the first three classes in the plane of their means, of mean length 1."""
     shown = y < 3
-    sums = class_sums(h[shown], y[shown])
+    sums = common.class_sums(h[shown], y[shown])
     axes = torch.linalg.qr(sums.centred[:2].T).Q / sums.centred.norm(dim=1).mean()  # (d, 2)
     features = [h[y == k][:40].double() - sums.mean.mean(0) for k in range(len(sums.mean))]
     return [(z @ axes).round(decimals=3).tolist() for z in features]
 
 
-@torch.no_grad()
-def untrained(args: argparse.Namespace, seed: int, data: Dataset, run: Run) -> tuple[Tensor, Tensor]:
+def untrained(args: argparse.Namespace, data: Dataset, run: Run) -> dict[str, Tensor]:
     """Features of the network before its first step: random weights; the images set BatchNorm's averages."""
-    torch.manual_seed(seed)
+    torch.manual_seed(run.seed)
     network = build_model(args, data)["network"].to(run.device)
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = None  # a plain average over the batches below
-    network.train()
-    loader = Batches(data.train_x, data.mean, data.std, device=run.device)
-    for _, x in loader.epoch(torch.arange(len(data.train_x)), 1000):
-        network(x)
-    return embed(network, data.train_x, data, run), embed(network, data.test_x, data, run)
+    images = Batches(data.train_x, data.mean, data.std, device=run.device)
+    update_bn((x for _, x in images.all()), network)  # in training mode, a plain average over batches
+    return embed(network, data, run)
 
 
-def fine_structure(h: Tensor, test_h: Tensor, fine: Fine, clusterings: list[str], seed: int) -> dict:
-    """What of the fine labels is in features h (N, d) of a network trained on coarse ones.
+def fine_structure(arrays: dict, fine: Dataset, coarse: Tensor, clusterings: tuple, seed: int) -> dict:
+    """What of the fine labels is in the features of a network trained on coarse ones.
 
-    For each clustering: agreement, and a linear probe trained on the reconstructed labels, scored on the true
-    test labels; beside it a probe trained on the true ones, with the same features.
+    coarse (K,): the coarse class of each fine one. For each clustering: agreement, and a linear probe trained
+    on the reconstructed labels, scored on the true test labels; beside it one trained on the true labels.
     """
-    D = class_distances(h, fine.train_y)
-    coarse_y = fine.coarse[fine.train_y].numpy()
+    D = common.class_distances(arrays["train_h"], fine.train_y)
+    h = arrays["train_h"].cpu().numpy()
+    test_h = arrays["test_h"].cpu().numpy()
     y = fine.train_y.numpy()
     test_y = fine.test_y.numpy()
-    h = h.cpu().numpy()
-    test_h = test_h.cpu().numpy()
-    result = {"sister_ratio": sister_ratio(D, fine.coarse), "class_distances": D.tolist()}
+    result = {"sister_ratio": sister_ratio(D, coarse), "class_distances": D.tolist()}
     result["oracle_probe"] = probe_accuracy(h, y, test_h, test_y)
     for how in clusterings:
-        found = recover_labels(h, coarse_y, y, how, seed)
-        result[how] = clustering_agreement(found, y)
+        found = recover_labels(h, coarse.numpy()[y], y, how, seed)
+        result[how] = common.clustering_agreement(found, y)
         result[how]["probe"] = probe_accuracy(h, found, test_h, test_y)
     return result
 
 
-def conclude(args: argparse.Namespace, data: Dataset, fine: Fine | None, model, run: Run) -> dict:
+def conclude(args: argparse.Namespace, data: Dataset, fine: Dataset | None, model, run: Run) -> dict:
     """Everything that is measured after training, fine labels recovered if there are any; features.npz."""
     result, arrays = measure_model(model, data, run)
     reached = [line["epoch"] for line in run.history if line["running_accuracy"] >= ZERO_ERROR]
     result |= {"zero_error_epoch": min(reached, default=None), "counts": data.counts.tolist()}
     if fine is not None:
-        features = arrays["train_h"], arrays["test_h"]
+        coarse, _ = coarse_labels(fine.classes, args.coarse)
         generator = torch.Generator().manual_seed(run.seed)
-        noise = [torch.randn(h.shape, generator=generator) for h in features]
-        start = untrained(args, run.seed, data, run)
-        how = args.cluster[0]  # the controls get one clustering
-        trained = fine_structure(*features, fine, args.cluster, run.seed)
-        control = fine_structure(*start, fine, [how], run.seed)
-        chance = fine_structure(*noise, fine, [how], run.seed)
+        noise = {key: torch.randn(arrays[key].shape, generator=generator) for key in ("train_h", "test_h")}
+        trained = fine_structure(arrays, fine, coarse, CLUSTERINGS, run.seed)
+        control = fine_structure(untrained(args, data, run), fine, coarse, ("l2",), run.seed)
+        chance = fine_structure(noise, fine, coarse, ("l2",), run.seed)
         result["fine"] = {"trained": trained, "untrained": control, "random": chance}
-        result |= {"purity": trained[how]["purity"], "untrained_purity": control[how]["purity"]}
-        result |= {"probe": trained[how]["probe"], "oracle_probe": trained["oracle_probe"]}
-        result["sister_ratio"] = trained["sister_ratio"]
+        found = trained | trained["l2"]
+        result |= {key: found[key] for key in ("purity", "probe", "oracle_probe", "sister_ratio")}
+        result["untrained_purity"] = control["l2"]["purity"]
         arrays |= {"train_fine": fine.train_y, "test_fine": fine.test_y}
     run.save_features(**arrays)
     return result
@@ -712,15 +629,9 @@ def conclude(args: argparse.Namespace, data: Dataset, fine: Fine | None, model, 
 
 CURVES = {"NC0": "nc0", "NC1": "nc1", "NC1, test": "test_nc1", "NC2": "nc2_equiangular_M"}
 CURVES |= {"NC3": "nc3", "NC4": "nc4"}
-CAPTIONS = {
-    "collapse.png": "NC0 to NC4 over the epochs; 0 is full collapse",
-    "falling.png": "features of three classes fall together over the epochs",
-    "hidden.png": "fine classes inside coarse ones, never named in training",
-    "class_distances.png": "distances of the fine classes before and after training",
-}
 
 
-def draw_figures(run: Run, classes: tuple[str, ...], fine: Fine | None) -> None:
+def draw_figures(run: Run, data: Dataset, fine: Dataset | None) -> None:
     """collapse.png, and falling.png or, where labels were coarse, hidden.png and class_distances.png."""
     lines = [line for line in run.history if "nc1" in line]
     epochs = [line["epoch"] for line in lines]
@@ -734,7 +645,7 @@ def draw_figures(run: Run, classes: tuple[str, ...], fine: Fine | None) -> None:
         return
     panels = {}
     for i in sorted({0, len(lines) // 3, 2 * len(lines) // 3, len(lines) - 1}):
-        groups = zip(classes, lines[i]["plane"], strict=False)
+        groups = zip(data.classes, lines[i]["plane"], strict=False)
         panels[f"epoch {epochs[i]}"] = {name: np.array(points) for name, points in groups}
     scatters(run.folder / "falling.png", panels, "class", "unit: length of a mean", sharex=True, sharey=True)
 
@@ -748,23 +659,24 @@ def scatters(path: Path, panels: dict[str, dict], legend: str, xlabel: str, **sh
             plot.scatter(points[:, 0], points[:, 1], s=8, label=name.replace("$", r"\$"), **look)
         plot.set(title=title, xlabel=xlabel)
         plot.legend(title=legend, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, frameon=False)
-    save_figure(path, figure)
+    common.save_figure(path, figure)
 
 
-def draw_fine(run: Run, fine: Fine) -> None:
+def draw_fine(run: Run, fine: Dataset) -> None:
     """hidden.png: the fine classes inside coarse ones, by PCA. class_distances.png: before and after."""
     from sklearn.decomposition import PCA
 
+    coarse, groups = coarse_labels(fine.classes, run.args.coarse)
     features = run.load_features()
     panels = {}
-    for c in range(min(4, len(fine.coarse.unique()))):
+    for c in range(min(4, len(groups))):
         inside = features["train_y"] == c
-        points = PCA(2).fit_transform(prepare(features["train_h"][inside], "l2", 0))
-        own = {k: features["train_fine"][inside] == k for k in np.flatnonzero(fine.coarse == c)}
+        points = PCA(2).fit_transform(prepare(features["train_h"][inside], "l2"))
+        own = {k: features["train_fine"][inside] == k for k in np.flatnonzero(coarse == c)}
         panels[f"coarse class {c}"] = {fine.classes[k]: points[rows] for k, rows in own.items()}
     scatters(run.folder / "hidden.png", panels, "fine class", "two principal components")
 
-    order = torch.argsort(fine.coarse, stable=True).numpy()  # sisters beside each other
+    order = torch.argsort(coarse, stable=True).numpy()  # sisters beside each other
     maps = {}
     for source in ("untrained", "trained"):
         D = np.array(run.finished["fine"][source]["class_distances"])[np.ix_(order, order)]
@@ -773,18 +685,19 @@ def draw_fine(run: Run, fine: Fine) -> None:
     label = "squared distance / that within a class"
     axes = {"xlabel": "fine class, sisters side by side"}
     if len(order) <= 20:
-        axes |= {"xticks": [], "yticks": range(len(order)), "yticklabels": [fine.classes[k] for k in order]}
-        axes["yticklabels"] = [name.replace("$", r"\$") for name in axes["yticklabels"]]
+        names = [fine.classes[k].replace("$", r"\$") for k in order]
+        axes |= {"xticks": [], "yticks": range(len(order)), "yticklabels": names}
     heat_maps(run.folder / "class_distances.png", maps, label=label, limits=limits, diverging=False, **axes)
 
 
+SHAPES = {"train_h": "Nd", "train_y": "N", "test_h": "nd", "test_y": "n", "W": "Kd", "b": "K"}
 LAYOUT = (
-    "expected an .npz file of train_h (N, d) float and train_y (N,) integers, and if there are any test_h, "
-    "test_y, W (K, d), b (K,); labels count from 0: np.savez('features.npz', train_h=h, train_y=y)"
+    "expected an .npz file of train_h (N, d) float and train_y (N,) integers, and if there are any test_h "
+    "(n, d), test_y (n,), W (K, d), b (K,); labels count from 0: np.savez('f.npz', train_h=h, train_y=y)"
 )
 
 
-def read_features(path: Path) -> tuple[dict[str, Tensor], int]:
+def read_features(path: Path, device: torch.device) -> tuple[dict[str, Tensor], int]:
     """The arrays of a features file, checked, and K. Raises UserError that names file, array and fault."""
 
     def require(ok: bool, what: str) -> None:
@@ -792,84 +705,80 @@ def read_features(path: Path) -> tuple[dict[str, Tensor], int]:
             raise UserError(f"{path}: {what}; {LAYOUT}")
 
     require(path.suffix != ".npy", ".npy holds one array")
-    dimensions = {"train_h": 2, "train_y": 1, "test_h": 2, "test_y": 1, "W": 2, "b": 1}
     try:
         with np.load(path, allow_pickle=False) as file:  # never unpickles
-            found = {key: file[key] for key in dimensions if key in file}
+            found = {key: file[key] for key in SHAPES if key in file}
     except Exception as error:  # many kinds; all mean a missing or damaged file
         reason = getattr(error, "strerror", None) or type(error).__name__
         raise UserError(f"{path}: not a readable features file ({reason}); {LAYOUT}") from None
+    sizes = {}
     for key, a in found.items():
         kind = np.integer if key.endswith("_y") else np.floating
-        ok = np.issubdtype(a.dtype, kind) and a.ndim == dimensions[key] and a.size
+        ok = np.issubdtype(a.dtype, kind) and a.ndim == len(SHAPES[key]) and a.size
         require(ok, f"{key} is {a.shape} {a.dtype}")
         require(np.isfinite(a).all(), f"{key} has values that are not finite")
+        for name, size in zip(SHAPES[key], a.shape, strict=True):
+            expected = sizes.setdefault(name, size)
+            require(size == expected, f"{key} is {a.shape}, where {name} = {expected}")
         small = np.float64 if a.dtype.itemsize > 4 else np.float32
         found[key] = a.astype(np.int64 if kind is np.integer else small)
     splits = ("train", "test") if found.keys() & {"test_h", "test_y"} else ("train",)
     for split in splits:
         require({f"{split}_h", f"{split}_y"} <= found.keys(), f"{split}_h and {split}_y are needed together")
-    K = len(found["W"]) if "W" in found else int(found["train_y"].max()) + 1
-    d = found["train_h"].shape[1]
+    require("W" in found or "b" not in found, "b is there, but no W")
+    K = sizes.get("K", int(found["train_y"].max()) + 1)
     require(K >= 2, f"{K} class, and collapse needs two")
-    ok = "b" not in found or ("W" in found and len(found["b"]) == K)
-    require(ok, f"b is there, but not with the K = {K} rows of a W")
-    for key in found.keys() & {"test_h", "W"}:
-        require(found[key].shape[1] == d, f"{key} is {found[key].shape}, and train_h has d = {d}")
     for split in splits:
         y = found[f"{split}_y"]
-        n = len(found[f"{split}_h"])
-        require(len(y) == n, f"{split}_y is {y.shape}, and {split}_h has {n} rows")
         ok = 0 <= y.min() and y.max() < K
         require(ok, f"{split}_y has labels {y.min()} to {y.max()}, not 0 to {K - 1}")
         counts = np.bincount(y, minlength=K)
         require(counts.all(), f"class {counts.argmin()} has no sample in {split}_y")
-    return {key: torch.from_numpy(a) for key, a in found.items()}, K
+    return {key: torch.from_numpy(a).to(device) for key, a in found.items()}, K
 
 
 def measure_file(path: Path, device: torch.device) -> tuple[dict, dict[str, Tensor]]:
     """Every measure of a features file, {"K": ..., "train": {...}, "test": {...}}, and its arrays."""
-    found, K = read_features(path)
-    found = {key: array.to(metric_device(device)) for key, array in found.items()}
+    found, K = read_features(path, common.metric_device(device))
     N, d = found["train_h"].shape
     counts = torch.bincount(found["train_y"])
-    few = shot_groups(counts)[0]["few"]
+    few = common.shot_groups(counts)[0]["few"]
     if len(few) < 2:
         few = torch.argsort(counts, stable=True)[:2]
     return {"file": str(path), "N": N, "d": d, "K": K, **measure_splits(found, K, few)}, found
 
 
-# The rows of the tables: what it is, by which convention, and its value at complete collapse
+# The rows of the tables: what it is, by which convention
 MEASURES = {
-    "accuracy": ("accuracy, share decided right", ""),
-    "nc1": ("NC1 tr(Sigma_W pinv(Sigma_B)) / K", "0"),
-    "nc2_equinorm": ("NC2 std / mean of lengths", "0"),
-    "nc2_equiangular": ("NC2 mean |cos + 1/(K-1)|", "0"),
-    "nc3": ("NC3 ||W/|W| - M/|M|||^2", "0"),
-    "nc4": ("NC4 share not decided by nearest mean", "0"),
-    "nc0": ("NC0 ||sum of class vectors||^2 / K", "0"),
-    "nc1_rank": ("NC1 rank of Sigma_B that was kept", "rank"),
-    "trace_ratio": ("tr Sigma_W / tr Sigma_B", "0"),
-    "cdnv": ("CDNV, mean over class pairs", "0"),
-    "vci": ("VCI, variability collapse index", "0"),
-    "nc2_etf": ("NC2 distance of Gram matrix from ETF's", "0"),
-    "nc3_etf": ("NC3 distance of W M^T from ETF's", "0"),
-    "znc1": ("ZNC1, NC1 around the origin", "0"),
-    "znc_equinorm": ("ZNC2 std / mean of lengths", "0"),
-    "znc_mean_cosine": ("ZNC2 mean |cos|", "0"),
-    "znc_max_cosine": ("ZNC2 largest |cos|", "0"),
-    "znc_cosine_spread": ("ZNC2 std of cos", "0"),
-    "znc_alignment": ("ZNC3 ||W/|W| - M/|M|||^2, M not centred", "0"),
-    "gnc1": ("GNC1, NC1 of unit features", "0"),
-    "gnc_log_energy": ("GNC2 mean log(1/r)", "log"),
-    "gnc_riesz1_energy": ("GNC2 mean 1/r", "riesz1"),
-    "gnc_riesz2_energy": ("GNC2 mean 1/r^2", "riesz2"),
-    "gnc_smallest_angle": ("GNC2 smallest angle (degrees)", "angle"),
-    "gnc_one_vs_rest": ("GNC2 one-vs-rest distance", "rest"),
-    "gnc_one_vs_rest_gap": ("GNC2 known to within", "0"),
-    "gnc3": ("GNC3 mean of 1 - cos(w_k, mu_k - mu_G)", "0"),
-    "minority_angle": ("minority: mean angle (degrees)", "angle"),
-    "minority_cosine": ("minority: mean cosine", "cosine"),
+    "accuracy": "accuracy, share decided right",
+    "nc1": "NC1 tr(Sigma_W pinv(Sigma_B)) / K",
+    "nc2_equinorm": "NC2 std / mean of lengths",
+    "nc2_equiangular": "NC2 mean |cos + 1/(K-1)|",
+    "nc3": "NC3 ||W/|W| - M/|M|||^2",
+    "nc4": "NC4 share not decided by nearest mean",
+    "nc0": "NC0 ||sum of class vectors||^2 / K",
+    "nc1_rank": "NC1 rank of Sigma_B that was kept",
+    "trace_ratio": "tr Sigma_W / tr Sigma_B",
+    "cdnv": "CDNV, mean over class pairs",
+    "vci": "VCI, variability collapse index",
+    "nc2_etf": "NC2 distance of Gram matrix from ETF's",
+    "nc3_etf": "NC3 distance of W M^T from ETF's",
+    "znc1": "ZNC1, NC1 around the origin",
+    "znc_equinorm": "ZNC2 std / mean of lengths",
+    "znc_mean_cosine": "ZNC2 mean |cos|",
+    "znc_max_cosine": "ZNC2 largest |cos|",
+    "znc_cosine_spread": "ZNC2 std of cos",
+    "znc_alignment": "ZNC3 ||W/|W| - M/|M|||^2, M not centred",
+    "gnc1": "GNC1, NC1 of unit features",
+    "gnc_log_energy": "GNC2 mean log(1/r)",
+    "gnc_riesz1_energy": "GNC2 mean 1/r",
+    "gnc_riesz2_energy": "GNC2 mean 1/r^2",
+    "gnc_smallest_angle": "GNC2 smallest angle (degrees)",
+    "gnc_one_vs_rest": "GNC2 one-vs-rest distance",
+    "gnc_one_vs_rest_gap": "GNC2 known to within",
+    "gnc3": "GNC3 mean of 1 - cos(w_k, mu_k - mu_G)",
+    "minority_angle": "minority: mean angle (degrees)",
+    "minority_cosine": "minority: mean cosine",
 }
 FINE_MEASURES = {
     "purity": "purity: % of the fine training labels found by k-means",
@@ -881,41 +790,31 @@ FINE_MEASURES = {
 }
 
 
-def collapse_targets(K: int, d: int) -> dict[str, str]:
-    """Values at complete collapse; those that depend on K are the simplex's, K <= d + 1, and open beyond."""
-    r2 = 2 * K / (K - 1)
-    values = {"log": -math.log(r2) / 2, "riesz1": r2**-0.5, "riesz2": 1 / r2, "rest": K / (K - 1)}
-    values |= {"angle": math.degrees(math.acos(-1 / (K - 1))), "cosine": -1 / (K - 1)}
-    known = {key: f"{value:.6g}" if K <= d + 1 else "-" for key, value in values.items()}
-    return known | {"": "", "0": "0", "rank": str(min(K - 1, d))}
-
-
-def cell(found: list[dict], *names: str) -> str:
-    """Mean over `found`, ± std, of the first of `names` that is there; nothing if none is."""
-    values = [result[name] for result in found for name in names if name in result]
+def cell(found: list[dict], key: str) -> str:
+    """Mean over `found`, ± std, of an entry, to significant digits; nothing if it is not there."""
+    values = [result[key] for result in found if key in result]
     if len(values) > 1:
         return f"{np.mean(values):.4g} ± {np.std(values, ddof=1):.1g}"
     return f"{values[0]:.6g}" if values else ""
 
 
 def print_measures(results: list[dict]) -> None:
-    """A row per measure, mean ± std over results: of each split, of the class vectors, and at collapse.
-
-    results: what measure_file gives, of every seed.
-    """
-    d = results[0]["d"]
-    targets = collapse_targets(results[0]["K"], d)
+    """A row per measure, mean ± std over `results`, of every seed's measure_file."""
+    K = results[0]["K"]
     splits = {name: [result[name] for result in results] for name in ("train", "test") if name in results[0]}
     rows = []
-    for key, (text, target) in MEASURES.items():
-        cells = [cell(found, key, f"{key}_M") for found in splits.values()]
+    for key, text in MEASURES.items():
+        cells = [cell(found, key) or cell(found, f"{key}_M") for found in splits.values()]
         cells.append(cell(splits["train"], f"{key}_W"))
         if any(cells):
-            rows.append([text, *cells, targets[target]])
-    print("\n" + table(["measure", *splits, "class vectors", "collapsed"], rows))
-    print("Means are centred, but for ZNC. Minority: the classes with fewest training images, two at least.")
-    print("nan: not defined, since nothing differs between classes or a vector is 0", end="")
-    print("; VCI: left out, d is too large for a d x d matrix" if d > VCI_LARGEST_D else "")
+            rows.append([text, *cells])
+    print("\n" + table(["measure", *splits, "class vectors"], rows))
+    cosine = -1 / (K - 1)
+    angle = math.degrees(math.acos(cosine))
+    print(f"""At full collapse all below accuracy is 0, but for the rank, K - 1, and of a simplex, K <= d + 1,
+angle {angle:.4g}, cosine {cosine:.4g}, r^2 {2 - 2 * cosine:.4g}, one-vs-rest distance {1 - cosine:.4g}.
+Means are centred, but for ZNC. Minority: the classes with fewest training images, two at least.
+nan: nothing differs between classes, or a vector is 0. VCI: left out for d > {common.VCI_LARGEST_D}""")
 
 
 def print_results(runs: list[Run], args: argparse.Namespace) -> None:
@@ -927,14 +826,18 @@ def print_results(runs: list[Run], args: argparse.Namespace) -> None:
         for source, here in found[0].items():
             for how in [how for how in CLUSTERINGS if how in here]:
                 columns[f"{source}, {how}"] = [fine[source] | fine[source][how] for fine in found]
-        rows = []
-        for key, text in FINE_MEASURES.items():
-            rows.append([text, *(mean_std([r[key] for r in column], 2, 100) for column in columns.values())])
+        rows = [[text] for text in FINE_MEASURES.values()]
+        for row, key in zip(rows, FINE_MEASURES, strict=True):
+            for column in columns.values():
+                row.append(common.mean_std([result[key] for result in column], 2, 100))
         print("\n" + table(["features, and k-means on", *columns], rows))
     print(f"figures in {runs[0].folder} and the other run folders:")
-    for name, about in CAPTIONS.items():
-        if (runs[0].folder / name).exists():
-            print(f"  {name:<22} {about}")
+    print("  collapse.png         NC0 to NC4 over the epochs; 0 is full collapse")
+    if args.coarse:
+        print("  hidden.png           fine classes inside coarse ones, never named in training")
+        print("  class_distances.png  distances of the fine classes before and after training")
+    else:
+        print("  falling.png          features of three classes fall together over the epochs")
 
 
 def report(args: argparse.Namespace) -> dict:
@@ -942,15 +845,15 @@ def report(args: argparse.Namespace) -> dict:
     path = args.features if args.features else args.run / "features.npz"
     if args.run and (Run(args.run).finished or {}).get("task") == "fewshot":
         raise UserError(f"--run {args.run}: a few-shot run is tested on other classes than it was trained on")
-    result, found = measure_file(path, pick_device(args.device))
+    result, found = measure_file(path, common.pick_device(args.device))
     if args.json:
-        print(to_json(result, indent=1))
+        print(common.to_json(result, indent=1))
         return result
     print(f"{path}: N = {result['N']:,}, d = {result['d']}, K = {result['K']}")
     print_measures([result])
-    maps = {"class means, centred": class_sums(found["train_h"], found["train_y"], result["K"]).centred}
+    maps = {"class means, centred": common.class_sums(found["train_h"], found["train_y"]).centred}
     maps |= {"class vectors": found["W"]} if "W" in found else {}
-    maps = {name: cosines(V).fill_diagonal_(math.nan).cpu().numpy() for name, V in maps.items()}
+    maps = {name: common.cosines(V).fill_diagonal_(math.nan).cpu().numpy() for name, V in maps.items()}
     place = "-".join(path.resolve().with_suffix("").parts[1:][-4:])  # without the root: below --out
     figure = args.out / "nc_metrics" / "features" / place / "cosines.png"
     axes = {"xlabel": "class", "ylabel": "class"}
@@ -962,52 +865,36 @@ def report(args: argparse.Namespace) -> dict:
 # %% [markdown]
 # # 6. Command line
 
+
 # %%
-
-
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, with every default filled in. Raises UserError."""
     title = __doc__.partition("\n")[0]
-    flags = Arguments("nc_metrics", title, METHODS, ["ce"], RECIPES, eval_every=50)
+    flags = common.Arguments("nc_metrics", title, METHODS, ["ce"], RECIPES, eval_every=50)
     add = flags.add
-    add("--features", type=a_path, help="measure this npz file; its layout stands at the top of the script")
-    add("--run", type=a_path, help="measure FOLDER/features.npz of a run of any script here")
+    add("--features", type=common.a_path, help="measure this npz file; its layout: top of the script")
+    add("--run", type=common.a_path, help="measure FOLDER/features.npz of a run of any script here")
     add("--json", action="store_true", help="with --features or --run: JSON on stdout instead of the table")
     add("--net", choices=list(NETWORKS), help="network")
     add("--optimizer", choices=list(OPTIMIZERS), default="sgd", help="lr of adam and adamw: 0.001")
-    add("--per-class", type=at_least(2), help="images kept of each class; mnist 5000, svhn 4600, else all")
+    size = "images kept of each class; mnist 5000, svhn 4600, else all"
+    add("--per-class", type=common.at_least(2), help=size)
     add("--augment", action="store_true", help="random crops and flips; published runs have none")
     add("--coarse", choices=["pairs", "superclasses"], help="train on coarse labels, recover the fine ones")
-    how = "features for k-means; the first is the one that is compared"
-    add("--cluster", nargs="+", default=["l2", "raw", "whiten"], choices=CLUSTERINGS, help=how)
     args = flags.parse(argv)
     if args.features and args.run:
         raise UserError("--features and --run: give one of them")
     if args.json and not (args.features or args.run):
         raise UserError("--json: only with --features FILE.npz or --run FOLDER")
-    base, long_tailed, _ = split_name(args.dataset)
+    base, long_tailed, _ = common.split_name(args.dataset)
     if args.lr is None:
         args.lr = RATES.get(base, RATES[""]) if args.optimizer == "sgd" else ADAM_RATE
     if args.per_class is None and not long_tailed:
         args.per_class = PER_CLASS.get(base)
-    args.cluster = list(dict.fromkeys(args.cluster))
     optimizer = None if args.optimizer == "sgd" else args.optimizer
     parts = [args.folder.name, args.coarse, optimizer]  # each with a folder of its own
     args.folder = args.folder.with_name("-".join(part for part in parts if part))
     return args
-
-
-def with_coarse_labels(args: argparse.Namespace, data: Dataset) -> tuple[Dataset, Fine | None]:
-    """The data as it is trained on: --per-class images, --coarse labels, and then the fine ones beside it."""
-    if args.per_class is not None:
-        keep = keep_per_class(data.train_y, args.per_class)
-        data = data._replace(train_x=data.train_x[keep], train_y=data.train_y[keep])
-    if args.coarse is None:
-        return data, None
-    coarse, names = coarse_labels(data.classes, args.coarse)
-    fine = Fine(data.train_y, data.test_y, data.classes, coarse)
-    data = data._replace(train_y=coarse[data.train_y], test_y=coarse[data.test_y], classes=names)
-    return data, fine
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -1017,19 +904,27 @@ def main(argv: list[str] | None = None) -> dict:
         return check_theory(args.out / "nc_metrics" / "synthetic")
     if args.features or args.run:
         return report(args)
-    data, fine = with_coarse_labels(args, prepare_data(args))
+    data = common.prepare_data(args)
+    if args.per_class is not None:
+        keep = common.keep_per_class(data.train_y, args.per_class)
+        data = data._replace(train_x=data.train_x[keep], train_y=data.train_y[keep])
+    fine = None
+    if args.coarse:
+        fine = data
+        coarse, names = coarse_labels(fine.classes, args.coarse)
+        data = fine._replace(train_y=coarse[fine.train_y], test_y=coarse[fine.test_y], classes=names)
     what = f"{len(data.classes)} coarse classes of {len(fine.classes)} fine ones" if fine else "all classes"
     print(f"trains on {what}, {len(data.train_y):,} training images")
     runs = []
     for seed in args.seed:
-        run = open_run(args, "ce", seed, data)
+        run = common.open_run(args, "ce", seed, data)
         if not run.finished:
             run.finish(train(args, seed, data, fine, run))
-            draw_figures(run, data.classes, fine)
+            draw_figures(run, data, fine)
         runs.append(run)
     print_results(runs, args)
     return {"results": [run.finished for run in runs], "folder": str(args.folder)}
 
 
 if __name__ == "__main__":
-    command_line(main)
+    common.command_line(main)

@@ -810,7 +810,6 @@ def main(argv: list[str] | None = None) -> dict:
             run = open_run(args, name, seed, data)
             if not run.finished:
                 run.finish(task.train(args, name, seed, data, run))
-                draw_figures(run.folder, [run])
             runs.append(run)
     draw_figures(args.folder, finished_runs(args, runs))
     print_results(runs, args.folder)

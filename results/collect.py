@@ -125,8 +125,7 @@ def markdown(runs: list[Run]) -> str:
         cells = [f"`{f['method']}`", *("" if v is None or v != v else v for v in values), len(found)]
         for m in measures:
             values = [run.finished[m] for run in found]
-            cell = mean_std(values, 3 if m in PLAIN else 2, 1 if m in PLAIN else 100)
-            cells.append("-" if cell.startswith("nan") else cell)  # not defined for such a run
+            cells.append(mean_std(values, 3 if m in PLAIN else 2, 1 if m in PLAIN else 100))
         rows.append(list(map(str, cells)))
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     minutes = [run.finished["seconds"] / 60 for run in runs if "seconds" in run.finished]

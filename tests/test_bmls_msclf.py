@@ -345,7 +345,7 @@ def test_dry_run_as_a_user_starts_it(tmp_path):
     folder = tmp_path / "dry-run" / "bmls_msclf" / "digitslt"
     wanted = {"config.json", "metrics.jsonl", "result.json", "checkpoint.pt", "features.npz", "source.py"}
     assert {path.name for path in (folder / "bmls+ms" / "seed0").iterdir()} >= wanted
-    for name in ("accuracy_by_class", "class_vectors", "minority_cosine"):
+    for name in ("heads", "class_vectors", "minority_cosine"):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     config = json.loads((folder / "bmls+ms" / "seed0" / "config.json").read_text())
     assert config["flags"]["method"] == "bmls+ms" and config["hardware"] and config["versions"]["torch"]

@@ -648,6 +648,7 @@ def test_mean_std():
     assert mean_std([1.0, 3.0]) == "2.00 ± 1.41"  # sample std: sqrt(2)
     assert mean_std([0.25, 0.75, 0.5], digits=1, factor=100) == "50.0 ± 25.0"
     assert mean_std([0.5], factor=100) == "50.00"  # one seed has no spread to show
+    assert mean_std([0.5, math.nan]) == "-"  # accuracy on classes that are not there
 
 
 def test_table_is_aligned():
