@@ -1970,7 +1970,7 @@ def bars(path: Path, found: dict[str, dict[str, list[float]]], style: dict[str, 
         x = [groups.index(group) + (i + 0.5) * width - 0.4 for group in of_group]
         mean = [np.mean(values) for values in of_group.values()]
         std = [np.std(values, ddof=1) if len(values) > 1 else 0 for values in of_group.values()]
-        plot.bar(x, mean, width, yerr=std, color=style[name]["color"], label=name)
+        plot.bar(x, mean, width, yerr=std, ecolor="0.5", color=style[name]["color"], label=name)
     plot.set(**axes)
     plot.set_xticks(range(len(groups)), groups, rotation=20, ha="right")
     figure.legend(loc="outside right upper", frameon=False)

@@ -349,19 +349,19 @@ def check_theory(folder: Path) -> dict:
     # Two tasks, no buffer: which classifier forgets the first one?
     toys = {}
     for name in STYLE:
-        kind, _, mask = name.partition("-")
+        kind, _, mask = name.partition(" + ")
         curve = toy_stream(kind, bool(mask))
         toys[name] = range(len(curve)), curve
     end = {name: curve[-1] for name, (_, curve) in toys.items()}
     claims.at_most("Two tasks, learnable: % right of the first after the second", 20, end["learnable"])
-    claims.at_least("   the same for FNO + mask", 99, end["fno-mask"])
+    claims.at_least("   the same for FNO + mask", 99, end["fno + mask"])
     axes = {"xlabel": "steps; the second task begins halfway", "ylabel": "accuracy on the first task (%)"}
     curves(folder / "synthetic.png", toys, STYLE, **axes)
     return claims.report(folder / "synthetic.png")
 
 
 KINDS = ["learnable", "fno"]
-STYLE = styles([*KINDS, *(f"{kind}-mask" for kind in KINDS)])
+STYLE = styles([*KINDS, *(f"{kind} + mask" for kind in KINDS)])
 
 # %% [markdown]
 # # 3. Network
@@ -687,15 +687,16 @@ def by_job(runs: list[Run]) -> dict[str, list[Run]]:
 
 def draw_figures(folder: Path, runs: list[Run]) -> None:
     """Three figures of finished runs, jobs side by side: means over seeds, feature maps of the first seed."""
-    class_il = {}  # {"fno-mask": {"er50": class-IL of every seed}}
+    class_il = {}  # {"fno + mask": {"er, buffer 50": class-IL of every seed}}
     streams = {}
     energy = {}
     for name, seeds in by_job(runs).items():
         results = [run.finished for run in seeds]
-        learner = f"{results[0]['method']}{results[0]['buffer'] or ''}"
-        accuracies = [100 * result["class_il"] for result in results]
-        class_il.setdefault(name.removeprefix(f"{learner}-"), {})[learner] = accuracies
-        if results[0]["method"] != "joint":  # which has no past
+        job = results[0]
+        learner = f"{job['method']}, buffer {job['buffer']}" if job["buffer"] else job["method"]
+        arm = f"{job['classifier']} + mask" if job["mask"] else job["classifier"]
+        class_il.setdefault(arm, {})[learner] = [100 * result["class_il"] for result in results]
+        if job["method"] != "joint":  # which has no past
             streams[name] = 100 * np.mean([result["matrix_class_il"] for result in results], axis=0)
         energy[name] = 100 * seeds[0].load_features()["energy"]
 
