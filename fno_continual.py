@@ -531,10 +531,9 @@ def list_jobs(args: argparse.Namespace) -> list[Job]:
             buffer = 0
         for of, learner, most, *setting in RELEASED:
             if of in ("", data) and learner in ("", method) and buffer <= most:
-                lr, alpha, beta, replay_batch = setting
+                lr, alpha, beta, replayed = setting
                 break
-        setting = args.lr or lr, alpha, beta, replay_batch or args.batch_size
-        jobs.append(Job(method, kind, mask, buffer, *setting))
+        jobs.append(Job(method, kind, mask, buffer, args.lr or lr, alpha, beta, replayed or args.batch_size))
     return list(dict.fromkeys(jobs))  # each once
 
 

@@ -229,12 +229,9 @@ def test_separated_features_lie_on_the_diagonal():
 
 @pytest.mark.parametrize("shape", [(2, 1, 8, 8), (2, 3, 33, 20)])
 def test_features_are_not_negative(shape):
-    networks = [script.SmallCNN(shape[1]), script.resnet18(shape[1]), script.mlp(math.prod(shape[1:]))]
-    for network in networks:
+    for network in (script.SmallCNN(shape[1]), script.mlp(math.prod(shape[1:]))):
         h = network(torch.randn(shape))
         assert h.shape == (2, network.d) and (h >= 0).all()
-    count = sum(p.numel() for p in script.resnet18(3).parameters()) + 512 * 10 + 10
-    assert count == 11_173_962  # the published ResNet-18 for CIFAR-10, with its linear head
 
 
 def settings_of(*argv):
