@@ -33,7 +33,7 @@ REMEDY 2, the loss: with the target known, regress on it. A pull, no push, and t
     torchrun --nproc-per-node 4 etf_dr.py --dataset folder:PATH   four GPUs
 
 PAPER, RELEASED CODE AND THIS FILE
-- Class lengths (released, not in the paper): w_k has the length sqrt(gamma / n_k), gamma the mean n_k.
+- Class lengths (released, not in the paper): w_k has length sqrt(gamma / n_k), gamma = mean n_k.
   That weighs samples by inverse frequency (derived below); the cross-entropy beside it has no weights.
   --class-length off takes them from dot-regression, --reweight on gives them to cross-entropy.
 - The released learnable classifier is frozen at its random start (requires_grad is False). Ours learns, on

@@ -208,7 +208,7 @@ def test_table_of_a_features_file(tmp_path, capsys):
     assert result["test"]["nc4"] == script.measure(h[::2], y[::2], 4, W, b, means)["nc4"]
     assert f"{train['nc1']:.6g}" in text and f"{result['test']['vci']:.6g}" in text
     assert [line[:3] for line in text.splitlines()[4:11]] == ["acc", "NC1", "NC2", "NC2", "NC3", "NC4", "NC0"]
-    assert "angle 109.5, cosine -0.3333, r^2 2.667, one-vs-rest 1.333" in text  # of a tetrahedron
+    assert "angle 109.5, cosine -0.3333, r^2 2.667, one-vs-rest distance 1.333" in text  # of a tetrahedron
     keys = {key.removesuffix("_M").removesuffix("_W") for key in result["train"]}
     assert keys == set(script.MEASURES)  # every metric is printed, and nothing else
     assert not any(key.endswith("_W") for key in result["test"])  # what concerns W alone stands once
@@ -272,7 +272,7 @@ def test_dead_features_are_null_in_strict_json(tmp_path, capsys):
     assert found["nc2_equinorm_W"] > 0
     script.main(["--features", str(path), "--out", str(tmp_path / "o")])
     text = capsys.readouterr().out
-    assert "nan: not defined" in text
+    assert "nan: nothing differs" in text
 
 
 def test_many_dimensions_leave_vci_out(tmp_path, capsys):
@@ -282,7 +282,7 @@ def test_many_dimensions_leave_vci_out(tmp_path, capsys):
     )
     found = script.main(["--features", str(path), "--out", str(tmp_path / "o")])["train"]
     assert np.isnan(found["vci"]) and found["nc1"] > 0
-    assert "VCI: d > 4096" in capsys.readouterr().out
+    assert "VCI: left out for d > 4096" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
