@@ -659,8 +659,8 @@ def train_encoder(args: argparse.Namespace, name: str, seed: int, data: "Languag
     model = build_encoder(args, name, data).to(run.device)
     (encoder,) = run.prepare(model)  # speed only: --compile
     E = model["encoder"].get_input_embeddings().weight  # (V, d)
-    kind = torch.optim.SGD if args.model else torch.optim.Adam
-    optimizer = kind(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=run.fused)
+    sgd_or_adam = torch.optim.SGD if args.model else torch.optim.Adam
+    optimizer = sgd_or_adam(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=run.fused)
     masked = 0.0 if args.model else 0.2
     epochs = args.epochs if ENCODERS[name].head == "tuned" else 0
 
@@ -694,11 +694,11 @@ class Language(NamedTuple):
     fingerprint: str = ""
 
     def batch(self, lines: list[list[str]], target: str = "") -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens, which of them are there, which belong to the word `target`: (B, T) each, T at most 128."""
+        """Tokens, which of them are there, and which belong to the word `target`: (B, T) each."""
         rows = []
         for line in lines:
             inner = [(token, word == target) for word in line for token in self.tokens[word]]
-            rows.append(torch.tensor([(self.begin, 0), *inner[:126], (self.end, 0)]))
+            rows.append(torch.tensor([(self.begin, 0), *inner, (self.end, 0)]))
         tokens, found = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1).unbind(2)
         return tokens.clamp_min(0), tokens >= 0, found == 1
 
@@ -737,12 +737,12 @@ def read_lines(path: Path) -> list[list[str]]:
 def prepare_language(args: argparse.Namespace) -> Language:
     """What --text and --analogies hold, or the small language; settles args.device and args.precision.
 
-    Leaves out questions with a word that the model does not know. Raises UserError.
+    Leaves out questions with a word that the model does not know, and what a sentence has beyond 128 tokens.
     """
     args.device = pick_device(args.device)
     args.precision = pick_precision(args.precision, args.device)
     sentences, lines = (read_lines(args.text), read_lines(args.analogies)) if args.model else small_language()
-    sentences = sentences[: 2 * args.batch_size] if args.dry_run else sentences
+    sentences = [line[:126] for line in sentences][: 2 * args.batch_size if args.dry_run else None]
     questions = []
     section = "all"
     for line in lines:
@@ -763,6 +763,9 @@ def prepare_language(args: argparse.Namespace) -> Language:
         special = range(len(words), len(words) + 3)
         tokens = {word: [i] for i, word in enumerate(words)}
         known = set(words)
+    for line in sentences:
+        while sum(len(tokens[word]) for word in line) > 126:
+            line.pop()
     asked = [(section, four) for section, four in questions if len(known.intersection(four)) == 4]
     if not (sentences and asked) or None in special:
         raise UserError("--text, --analogies: no sentence, or no question of four words that the model knows")

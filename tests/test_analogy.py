@@ -3,6 +3,7 @@
 Tests of transformers build tiny networks with random weights; without the package they are skipped.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -166,12 +167,11 @@ def test_a_words_vector_is_the_mean_of_its_tokens_and_sentences(contexts, expect
     assert inputs.tolist() == [[25], [40]]
 
 
-def test_rows_are_padded_and_cut():
+def test_rows_are_padded():
     data = script.Language([], [], {"x": [7], "ab": [20, 30]}, 1, 2, 3)
     tokens, there, found = data.batch([["x", "ab"], ["ab"]], "ab")
     assert tokens[there].tolist() == [1, 7, 20, 30, 2, 1, 20, 30, 2] and there.sum(1).tolist() == [5, 4]
     assert found.tolist() == [[False, False, True, True, False], [False, True, True, False, False]]
-    assert data.batch([["x"] * 500])[0].shape == (1, 128)
 
 
 # %% The program
@@ -253,17 +253,31 @@ def folder(tmp_path_factory):
 
 def test_files_of_text_and_questions(folder, tmp_path):
     questions = ": one\nba da ka kaba\nba da ka nowhere\n: the other\n\nga ka da ba\n"
-    argv = write(tmp_path, "ba kaba .\n\nda nowhere\n", questions)
+    argv = write(tmp_path, "ba kaba .\n\nda nowhere\n" + 70 * "kaba " + "\n", questions)
     data = script.prepare_language(script.parse([*argv, "--model", str(folder)]))
     # nowhere is no word of the model's
     assert data.questions == [("one", ["ba", "da", "ka", "kaba"]), ("the other", ["ga", "ka", "da", "ba"])]
-    tokens, there, found = data.batch(data.sentences, "kaba")
-    assert (
-        tokens[there].tolist() == [2, 5, 6, 9, 10, 3, 2, 7, 1, 3] and data.mask == 4
-    )  # [CLS] ba ka ##ba . [SEP]
+    tokens, there, found = data.batch(data.sentences[:2], "kaba")
+    assert tokens[there].tolist() == [2, 5, 6, 9, 10, 3, 2, 7, 1, 3]  # [CLS] ba ka ##ba . [SEP] ...
+    assert data.mask == 4 and data.sentences[2] == ["kaba"] * 63  # of two tokens each
     assert tokens[found].tolist() == [6, 9]
     changed = [*write(tmp_path, "ba kaba\n", questions), "--model", str(folder)]
     assert script.prepare_language(script.parse(changed)).fingerprint != data.fingerprint
+
+
+def test_words_of_roberta_begin_with_a_space(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    words = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "Ġ", "a", "b", "d", "g", "k", ".", "Ġb", "Ġba"]
+    (tmp_path / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nĠ b\nĠb a\n")
+    vocabulary = str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt")
+    transformers.RobertaTokenizer(*vocabulary).save_pretrained(tmp_path)
+    config = transformers.RobertaConfig(vocab_size=len(words), **SIZES)
+    config.save_pretrained(tmp_path)
+    data = script.prepare_language(script.parse([*write(tmp_path), "--model", str(tmp_path)]))
+    assert data.tokens["ba"] == [words.index("Ġba")]
+    assert data.tokens["da"] == [words.index(letter) for letter in "Ġda"]
+    assert (data.begin, data.end, data.mask) == (0, 2, 4)
 
 
 def test_a_pretrained_folder_from_end_to_end(folder, tmp_path, no_figures, user_error):
