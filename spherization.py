@@ -26,9 +26,14 @@ and the angles become a point of the sphere of radius r in R^(n+1); a linear lay
     python spherization.py --synthetic                            the theory above, claim by claim
     python spherization.py --dataset mnist --net lenet --method plain sphere --seed 0 1 2
     python spherization.py --task fewshot --dataset cifar100      FC100, with and without, two metrics
+    python spherization.py --task analogy                         a small language, with and without
+    python spherization.py --task analogy --model NAME --text sentences.txt --analogies questions-words.txt
 
-Tasks: `retain`, is accuracy kept? `overlap`, what does the norm hide? `fewshot`, prototypical networks, where
-angles are all that is used.
+Tasks: `retain`, is accuracy kept? `overlap`, what does the norm hide? `fewshot`, prototypical networks, and
+`analogy`, a : b :: c : d by the cosine of word vectors, where angles are all that is used. There the layer
+sits inside a transformer's last block, as released: LayerNorm(u + W x), with u from the attention before it.
+So x has nothing but angles, and a word's vector has more: W x has any length beside u. LayerNorm fixes the
+length of the sum (but for its gains and biases), and does so without the layer too.
 
 WHAT WE COMPUTE DIFFERENTLY
 - The released code multiplies log-sines by a triangular (n+1) x (n+1) matrix and adds 1e-6 inside each
@@ -38,6 +43,11 @@ WHAT WE COMPUTE DIFFERENTLY
 - The released w-linear and w-sigmoid are g(acos(clip(||h|| cos(theta)))), with logits of -1 to 1. Ours are
   ||h|| g(theta), SphereNet's formula; published percentages come from the released form. The released `none`
   normalises its input and divides the bias by ||w||; ours is the plain inner product.
+- Analogies: the released runs pad each line to 512 tokens that count in the loss, begin the new layer at
+  random, and let a language model rate sentences that state the analogy. We count no padding; W begins as
+  the weights that it replaces, without their bias and with a column of zeros for x_{n+1}, the rest as it was;
+  input embeddings name the tokens, as BERT ties them; and word vectors are compared. As released, no token is
+  masked and SGD has no momentum; our own small encoder begins at random, has a fifth masked, and Adam.
 
 WHAT THE SOURCE LEAVES OPEN, and what we chose
 - `learnable` is about s alone, as in the released runs; r stays fixed. s = r = 5, but s = 1 for features of
@@ -92,7 +102,9 @@ def spherize(z: Tensor, s: Tensor | float, r: float = 5.0, delta: float = 1e-6) 
 
 
 class Spherization(nn.Module):
-    """The Spherization layer: z (B, n) -> x (B, n+1), or channels (B, n, H, W) -> (B, n+1, H, W); ||x|| = r.
+    """The Spherization layer: z (B, n) -> x (B, n+1); ||x|| = r.
+
+    Or channels (B, n, H, W) -> (B, n+1, H, W), or tokens (B, T, n) -> (B, T, n+1).
 
     Put it where the last hidden layer's ReLU was, and a linear layer or convolution without bias after it:
     with a bias a class could be recognised by the distance of its features from a plane, not by their
@@ -109,11 +121,12 @@ class Spherization(nn.Module):
         self.s = nn.Parameter(torch.tensor(float(scale)))
 
     def forward(self, z: Tensor) -> Tensor:
-        if z.ndim < 2 or z.shape[1] != self.n:
-            shape = tuple(z.shape)
-            raise ValueError(f"Spherization of {self.n}: got {shape}, expected (B, n) or (B, n, H, W)")
-        z = z.to(torch.promote_types(z.dtype, torch.float32)).movedim(1, -1)  # (B, n) or (B, H, W, n)
-        return spherize(z, self.s, self.radius, self.delta).movedim(-1, 1)
+        axis = 2 if z.ndim == 3 else 1
+        if z.ndim < 2 or z.shape[axis] != self.n:
+            expected = "(B, n), (B, n, H, W) or (B, T, n)"
+            raise ValueError(f"Spherization of {self.n}: got {tuple(z.shape)}, expected {expected}")
+        z = z.to(torch.promote_types(z.dtype, torch.float32)).movedim(axis, -1)  # (B, n), (B, H, W, n), ...
+        return spherize(z, self.s, self.radius, self.delta).movedim(-1, axis)
 
 
 def angles(x: Tensor) -> Tensor:
@@ -182,8 +195,43 @@ def prototype_logits(h: Tensor, shots: int, metric: str) -> Tensor:
     raise ValueError(f"prototype_logits {metric}: expected cosine or euclidean")
 
 
+def spherize_last_block(encoder: nn.Module, radius: float = 5.0, scale: float = 5.0) -> None:
+    """Put the layer, in place, into the feed-forward part of a transformer's last block, whatever its names.
+
+    LayerNorm(u + W_2 GELU(W_1 u + b_1) + b_2) becomes LayerNorm(u + W spherize(W_1 u + b_1)), where W begins
+    as W_2 with a column of zeros more. Raises ValueError where there is not one W_2 and one GELU (or alike).
+    """
+    *_, blocks = (part for part in encoder.modules() if isinstance(part, nn.ModuleList))
+    parts = dict(blocks[-1].named_modules())
+    linear = {path: part for path, part in parts.items() if isinstance(part, nn.Linear)}
+    (path,) = (path for path, part in linear.items() if part.in_features > part.out_features)  # W_2 narrows
+    leaves = [path for path, part in parts.items() if not [*part.children(), *part.parameters()]]
+    (gelu,) = (path for path in leaves if not isinstance(parts[path], nn.Dropout))
+    W = nn.Linear(parts[path].in_features + 1, parts[path].out_features, bias=False)
+    W.weight.data = F.pad(parts[path].weight.detach(), (0, 1))  # (d, n+1)
+    blocks[-1].set_submodule(gelu, Spherization(parts[path].in_features, radius, scale))
+    blocks[-1].set_submodule(path, W)
+
+
+def answer_analogies(V: Tensor, questions: Tensor, wrong: Tensor) -> tuple[Tensor, Tensor]:
+    """Is d found in a : b :: c : d? By offset among all words, and by choice among four: (Q,) bool each.
+
+    Offset: d is nearest to b - a + c, these three left out (3CosAdd, Mikolov et al. 2013). Choice: d - c is
+    nearest to b - a. By cosine. V (n, d): vectors; questions (Q, 4), three wrong d (Q, 3): numbers of words.
+    """
+    a, b, c, d = questions.unbind(1)
+    u = F.normalize(V, dim=1)
+    cos = (u[b] - u[a] + u[c]) @ u.T  # (Q, n), times a length that changes no order
+    offset = cos.scatter(1, questions[:, :3], -math.inf).argmax(1) == d
+    four = torch.cat([d[:, None], wrong], 1)  # (Q, 4)
+    cos = F.cosine_similarity(V[four] - V[c][:, None], (V[b] - V[a])[:, None], dim=2)
+    return offset, cos[:, 0] > cos[:, 1:].amax(1)
+
+
 # %% Imports of the other cells
 import argparse
+import itertools
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -198,6 +246,7 @@ from common import (
     Dataset,
     Run,
     UserError,
+    a_path,
     at_least,
     class_means,
     coarse_labels,
@@ -205,12 +254,15 @@ from common import (
     concatenate,
     curves,
     finished_runs,
+    hardware,
     keep_per_class,
     logits,
     mean_std,
     metric_device,
     minimise,
     open_run,
+    pick_device,
+    pick_precision,
     positive,
     prepare_data,
     save_figure,
@@ -395,6 +447,58 @@ def build_embedding(args: argparse.Namespace, name: str, data: Dataset) -> nn.Mo
     return nn.ModuleDict({"trunk": nn.Sequential(*layers, nn.Flatten()), "layer": layer})
 
 
+class Encoder(nn.Module):
+    """Two blocks, called as transformers' are: tokens (B, T) of V, which are there (B, T) -> ((B, T, d),)."""
+
+    def __init__(self, V: int, d: int = 64):
+        super().__init__()
+        self.tokens = nn.Embedding(V, d)
+        self.tokens.weight.data *= 0.1  # small, since they name the tokens too
+        self.places = nn.Parameter(0.1 * torch.randn(7, d))
+        self.norm = nn.LayerNorm(d)
+        gelu = nn.Sequential(nn.GELU())  # a bare GELU's fused inference would pass by what replaces it
+        block = nn.TransformerEncoderLayer(d, 4, 4 * d, 0.0, gelu, batch_first=True)
+        self.blocks = nn.TransformerEncoder(block, 2, enable_nested_tensor=False)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.tokens
+
+    def forward(self, tokens: Tensor, there: Tensor) -> tuple[Tensor]:
+        u = self.norm(self.tokens(tokens) + self.places[: tokens.shape[1]])
+        return (self.blocks(u, src_key_padding_mask=~there),)
+
+
+def pretrained(kind: str, model: str, **options):
+    """What transformers' class `kind` loads from --model: weights, no code. Raises UserError."""
+    try:
+        import transformers  # optional, and slow to import
+
+        transformers.utils.logging.set_verbosity_error()
+        return getattr(transformers, kind).from_pretrained(model, **options)
+    except ImportError:
+        raise UserError("--model: needs one more package: pip install transformers") from None
+    except Exception as error:  # of many kinds
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"--model {model}: cannot be loaded ({reason})") from None
+
+
+def build_encoder(args: argparse.Namespace, name: str, data: "Language") -> nn.ModuleDict:
+    """The encoder of --model, or our own; for sphere methods with the layer in its last block."""
+    if args.model:
+        encoder, report = pretrained("AutoModel", args.model, use_safetensors=True, output_loading_info=True)
+        absent = [key for key in sorted(report["missing_keys"]) if "pooler" not in key]
+        if absent:
+            raise UserError(f"--model {args.model}: has no weights for {absent[0]}")
+    else:
+        encoder = Encoder(data.mask + 1)
+    if ENCODERS[name].layer == "sphere":
+        try:
+            spherize_last_block(encoder, args.radius, args.scale)
+        except ValueError:
+            raise UserError(f"--model {args.model}: its last block has not one W_2 and one GELU") from None
+    return nn.ModuleDict({"encoder": encoder.float()})
+
+
 # %% [markdown]
 # # 4. Training
 
@@ -432,6 +536,11 @@ PROTOTYPES = {
     "cosine+last": Method("convolution", "cosine", "a convolution for its last max-pool"),
     "cosine+sphere": Method("sphere", "cosine", "that, and the Spherization layer"),
 }
+ENCODERS = {
+    "plain": Method("gelu", "untrained", "the encoder as it is before training"),
+    "plain+tuned": Method("gelu", "tuned", "trained to name the tokens of sentences: the baseline"),
+    "sphere+tuned": Method("sphere", "tuned", "the same with the Spherization layer in the last block"),
+}
 TRUNKS = {"mlp": mlp, "lenet": lenet}
 WAY = 5  # classes of an episode, each with
 SHOTS = 5  # labelled images and
@@ -442,6 +551,8 @@ RECIPES = {  # network, data set ("": any other): epochs, batch size, lr, weight
     ("lenet", ""): (20, 128, 1e-3, 0.0),
     ("conv4", ""): (100, 100, 1e-4, 0.0),
     ("conv4", "digits"): (5, 100, 1e-3, 0.0),
+    ("encoder", ""): (12, 64, 3e-3, 0.0),
+    ("--model", ""): (3, 8, 1e-4, 0.0),
 }
 FC100 = {  # 60 and 20 of CIFAR-100's classes, by superclass (Oreshkin et al. 2018)
     "train": (1, 2, 3, 4, 5, 6, 9, 10, 15, 17, 18, 19),
@@ -541,6 +652,129 @@ def split_by_class(args: argparse.Namespace, data: Dataset) -> dict[str, tuple]:
     return {split: (x[pool], y[pool]) for split, pool in pools.items()}
 
 
+def train_encoder(args: argparse.Namespace, name: str, seed: int, data: "Language", run: Run) -> dict:
+    """Train one encoder to name the tokens of sentences, and measure its analogies."""
+    torch.manual_seed(seed)  # initial weights and dropout
+    generator = torch.Generator().manual_seed(seed)  # order and masks
+    model = build_encoder(args, name, data).to(run.device)
+    (encoder,) = run.prepare(model)  # speed only: --compile
+    E = model["encoder"].get_input_embeddings().weight  # (V, d)
+    sgd_or_adam = torch.optim.SGD if args.model else torch.optim.Adam
+    optimizer = sgd_or_adam(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=run.fused)
+    masked = 0.0 if args.model else 0.2
+    epochs = args.epochs if ENCODERS[name].head == "tuned" else 0
+
+    for _ in run.epochs(epochs, model=model, optimizer=optimizer, generator=generator):
+        model.train()
+        order = torch.randperm(len(data.sentences), generator=generator)
+        for part in order.split(args.batch_size):
+            tokens, there, _ = data.batch([data.sentences[i] for i in part])  # (B, T) each
+            hidden = torch.rand(tokens.shape, generator=generator) < masked
+            shown = tokens.masked_fill(hidden, data.mask).to(run.device)
+            with run.autocast():  # bf16 inside the network only
+                h = encoder(shown, there.to(run.device))[0]  # (B, T, d)
+                z = h[there.to(run.device)] @ E.T  # (tokens, V)
+            loss = F.cross_entropy(z.float(), tokens[there].to(run.device))  # masked or not
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            run.add_loss(loss)
+    return measure_analogies(args, model["encoder"], data, run)
+
+
+class Language(NamedTuple):
+    """Sentences and analogy questions in words, and the tokens of each word."""
+
+    sentences: list[list[str]]
+    questions: list[tuple[str, list[str]]]  # section; a, b, c, d
+    tokens: dict[str, list[int]]
+    begin: int  # the token before a sentence,
+    end: int  # the one after it,
+    mask: int  # and the one that hides another; of our own tokens the last
+    fingerprint: str = ""
+
+    def batch(self, lines: list[list[str]], target: str = "") -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens, which of them are there, and which belong to the word `target`: (B, T) each."""
+        rows = []
+        for line in lines:
+            inner = [(token, word == target) for word in line for token in self.tokens[word]]
+            rows.append(torch.tensor([(self.begin, 0), *inner, (self.end, 0)]))
+        tokens, found = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1).unbind(2)
+        return tokens.clamp_min(0), tokens >= 0, found == 1
+
+
+def small_language(N: int = 3000) -> tuple[list, list]:
+    """N sentences, and the lines of a file of questions.
+
+    A word is stem and form, of 25 and 4, and one token: only its neighbours tell what it is made of. Its form
+    decides the word before it and the one behind it, its stem the two after these, but for a quarter of them.
+    """
+    random = np.random.default_rng(0)
+    sentences = []
+    for stem, form in random.integers([25, 4], size=(N, 2)):
+        anything = random.integers([4, 4, 25, 25])
+        kinds = np.where(random.random(4) < 0.25, anything, [form, form, stem, stem])
+        names = zip(("before", "behind", "topic", "topic"), kinds, random.integers(3, size=4), strict=True)
+        first, *others = [f"{name}{kind}.{which}" for name, kind, which in names]
+        sentences.append([first, f"{stem}+{form}", *others])
+    lines = []
+    for f, g in itertools.combinations(range(4), 2):
+        lines.append([":", f"form {f} : form {g}"])
+        pairs = itertools.permutations(range(25), 2)
+        lines += [[f"{i}+{f}", f"{i}+{g}", f"{j}+{f}", f"{j}+{g}"] for i, j in pairs]
+    return sentences, lines
+
+
+def read_lines(path: Path) -> list[list[str]]:
+    """The words of each line that has any. Raises UserError."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as text ({error})") from None
+    return [line.split() for line in lines if line.strip()]
+
+
+def prepare_language(args: argparse.Namespace) -> Language:
+    """What --text and --analogies hold, or the small language; settles args.device and args.precision.
+
+    Leaves out questions with a word that the model does not know, and what a sentence has beyond 128 tokens.
+    """
+    args.device = pick_device(args.device)
+    args.precision = pick_precision(args.precision, args.device)
+    sentences, lines = (read_lines(args.text), read_lines(args.analogies)) if args.model else small_language()
+    sentences = [line[:126] for line in sentences][: 2 * args.batch_size if args.dry_run else None]
+    questions = []
+    section = "all"
+    for line in lines:
+        if line[0].startswith(":"):
+            section = " ".join(line).lstrip(": ")
+        elif len(line) == 4:
+            questions.append((section, line))
+        else:
+            raise UserError(f"--analogies {args.analogies}: {' '.join(line)!r}, expected four words")
+    words = sorted({word for line in [*sentences, *(four for _, four in questions)] for word in line})
+    if args.model:
+        tokenizer = pretrained("AutoTokenizer", args.model, add_prefix_space=True)  # RoBERTa: a word's space
+        special = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id
+        tokens = dict(zip(words, tokenizer(words, add_special_tokens=False)["input_ids"], strict=True))
+        known = {word for word in words if tokens[word] and tokenizer.unk_token_id not in tokens[word]}
+    else:
+        torch.set_num_threads(1)  # so small that more of them only wait for each other
+        special = range(len(words), len(words) + 3)
+        tokens = {word: [i] for i, word in enumerate(words)}
+        known = set(words)
+    for line in sentences:
+        while sum(len(tokens[word]) for word in line) > 126:
+            line.pop()
+    asked = [(section, four) for section, four in questions if len(known.intersection(four)) == 4]
+    if not (sentences and asked) or None in special:
+        raise UserError("--text, --analogies: no sentence, or no question of four words that the model knows")
+    print(f"{len(sentences):,} sentences; {len(asked):,} of {len(questions):,} questions")
+    print(f"{hardware(args.device)}, {args.precision}; into {args.folder}")
+    data = Language(sentences, asked, tokens, *special)
+    return data._replace(fingerprint=f"{zlib.crc32(repr(data).encode()):08x}")
+
+
 # %% [markdown]
 # # 5. Results
 
@@ -624,6 +858,52 @@ def measure_prototypes(args: argparse.Namespace, model: nn.ModuleDict, metric: s
     return result | {"accuracy": result["accuracy_5shot"], "train_accuracy": result["train_accuracy_5shot"]}
 
 
+@torch.no_grad()
+def word_vectors(encoder: nn.Module, words: list[str], data: Language, contexts: int, run: Run) -> tuple:
+    """Vectors (n, d) of n words: last hidden states, and input embeddings.
+
+    Means over a word's tokens in the first so many sentences that have it, or where it stands alone.
+    """
+    encoder.eval()
+    states = []
+    inputs = []
+    for word in words:
+        lines = itertools.islice((line for line in data.sentences if word in line), contexts)
+        tokens, there, its = (x.to(run.device) for x in data.batch(list(lines) or [[word]], word))
+        with run.autocast():
+            h = encoder(tokens, there)[0]  # (B, T, d)
+        states.append(h[its].double().mean(0))
+        inputs.append(encoder.get_input_embeddings()(tokens[its]).double().mean(0))
+    return torch.stack(states).cpu(), torch.stack(inputs).cpu()
+
+
+def measure_analogies(args: argparse.Namespace, encoder: nn.Module, data: Language, run: Run) -> dict:
+    """Shares of questions answered, with Wilson's 95% intervals (half of each), in all and by section."""
+    words = sorted({word for _, four in data.questions for word in four})
+    questions = torch.tensor([[words.index(word) for word in four] for _, four in data.questions])  # (Q, 4)
+    sections = list(dict.fromkeys(section for section, _ in data.questions))
+    section = torch.tensor([sections.index(name) for name, _ in data.questions])  # (Q,)
+    # Wrong choices are answers to others of the section, or any words where these are too few
+    answers = torch.zeros(len(sections), len(words))
+    answers[section, questions[:, 3]] = 1
+    lots = torch.rand(len(questions), len(words), generator=torch.Generator().manual_seed(0))
+    wrong = (lots + answers[section]).scatter(1, questions, -1).topk(3).indices  # (Q, 3)
+    states, inputs = word_vectors(encoder, words, data, args.contexts, run)
+    offset, choice = answer_analogies(states, questions, wrong)
+    right = {"offset": offset, "choice": choice, "inputs": answer_analogies(inputs, questions, wrong)[0]}
+
+    def shares(some: Tensor) -> dict[str, float]:
+        found = {}
+        Q = int(some.sum())
+        for key, is_right in right.items():
+            p = float(is_right[some].double().mean())
+            found |= {key: p, f"{key}_interval": 1.96 * math.sqrt(Q * p * (1 - p) + 0.96) / (Q + 3.84)}
+        return found
+
+    total = {"task": args.task, **shares(section >= 0), "chance": 1 / (len(words) - 3)}
+    return total | {"sections": {name: shares(section == i) for i, name in enumerate(sections)}}
+
+
 def group(runs: list[Run]) -> dict[str, list[Run]]:
     """Runs by method, in the chapter's order."""
     names = TASKS[runs[0].finished["task"]].methods
@@ -636,6 +916,9 @@ def draw_figures(folder: Path, runs: list[Run]) -> None:
     task = runs[0].finished["task"]
     by_method = group(runs)
     style = styles(TASKS[task].methods)
+    if task in ("fewshot", "analogy"):
+        draw_bars(folder / f"{task}.png", by_method, style)
+        return
 
     def draw(name: str, x, measured: Callable, **axes) -> None:
         means = {method: np.mean([measured(run) for run in found], 0) for method, found in by_method.items()}
@@ -644,13 +927,6 @@ def draw_figures(folder: Path, runs: list[Run]) -> None:
     def tested(run: Run, key: str, factor: float = 1) -> list[float]:
         return [factor * line[key] for line in run.history if "accuracy" in line]
 
-    def by_shots(run: Run) -> list[float]:
-        return [100 * run.finished["accuracy_1shot"], 100 * run.finished["accuracy_5shot"]]
-
-    if task == "fewshot":
-        axes = {"xlabel": "labelled images per class (shots)", "ylabel": f"{WAY}-way test accuracy (%)"}
-        draw("fewshot.png", (1, SHOTS), by_shots, **axes, xticks=(1, SHOTS))
-        return
     axes = {"xlabel": "epoch", "ylabel": "test accuracy (%)"}
     draw("training.png", tested(runs[0], "epoch"), lambda run: tested(run, "accuracy", 100), **axes)
     if task == "overlap":
@@ -658,6 +934,31 @@ def draw_figures(folder: Path, runs: list[Run]) -> None:
         draw("overlap.png", TAUS, lambda run: run.finished["near_counts"], **axes)
     elif any(name.endswith("-3d") for name in by_method):
         draw_octant(folder / "octant.png", by_method)
+
+
+def draw_bars(path: Path, by_method: dict[str, list[Run]], style: dict[str, dict]) -> None:
+    """Accuracy by shots, or 3CosAdd by section: means over seeds, with the first seed's 95% intervals."""
+
+    def shares(run: Run) -> dict[str, tuple[float, float]]:  # of each bar, with its interval
+        found = run.finished
+        if found["task"] == "fewshot":
+            return {f"{k}-shot": (found[f"accuracy_{k}shot"], found[f"interval_{k}shot"]) for k in (1, SHOTS)}
+        return {name: (some["offset"], some["offset_interval"]) for name, some in found["sections"].items()}
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    plot = figure.subplots()
+    height = 0.8 / len(by_method)
+    for i, (name, found) in enumerate(by_method.items()):
+        values = 100 * np.array([list(shares(run).values()) for run in found])  # (seeds, bars, 2)
+        y = np.arange(values.shape[1]) + i * height
+        plot.barh(
+            y, values[:, :, 0].mean(0), height, xerr=values[0, :, 1], label=name, color=style[name]["color"]
+        )
+    plot.set_yticks(y + (0.5 - len(by_method) / 2) * height, shares(found[0]))
+    plot.invert_yaxis()
+    plot.set(xlabel="test accuracy, or questions answered (%)", xlim=(0, 100))
+    figure.legend(loc="outside right upper", frameon=False)
+    save_figure(path, figure)
 
 
 def draw_octant(path: Path, by_method: dict[str, list[Run]]) -> None:
@@ -701,12 +1002,19 @@ COLUMNS = {  # share or number: title, what it is
     "interval_5shot": ("± 95%", "interval of the accuracy over episodes of classes not trained on"),
     "accuracy_1shot": ("1-shot", "% with one labelled image per class"),
     "interval_1shot": ("± 1-shot", "its interval"),
+    "offset": ("3CosAdd", "% of the questions whose d is the word nearest to b - a + c"),
+    "offset_interval": ("± 95%", "its interval, as if questions were independent"),
+    "inputs": ("inputs", "3CosAdd of the same model's input embeddings"),
+    "chance": ("chance", "3CosAdd by chance: % for one of the questions' words but a, b and c"),
+    "choice": ("choice", "% whose d - c is nearer to b - a than with three wrong d; by chance 25%"),
+    "choice_interval": ("± choice", "its interval"),
 }
 CAPTIONS = {
     "training.png": "accuracy of the test images over epochs",
     "octant.png": "features of three dimensions; how s z becomes two angles, and these a point",
     "overlap.png": "test samples that lie within tau of another class when only angles count",
     "fewshot.png": "test accuracy with 1 and 5 shots, of classes that were not trained on",
+    "analogy.png": "3CosAdd by section with 95% intervals; choice by section is in result.json",
 }
 
 
@@ -723,7 +1031,7 @@ def print_results(runs: list[Run], folder: Path) -> None:
         print(f"{title}: {about}")
     for name, found in group(runs).items():
         print(f"{name}: {methods[name].about}")
-        if np.mean([run.finished["train_accuracy"] for run in found]) < 0.99:
+        if np.mean([run.finished.get("train_accuracy", 1) for run in found]) < 0.99:
             print("   not trained to convergence: fits less than 99% of the training images")
     print(f"figures in {folder}:")
     for name, caption in CAPTIONS.items():
@@ -748,39 +1056,50 @@ TASKS = {
     "retain": Task(CLASSIFIERS, tuple(TRUNKS), build_classifier, train_classifier),
     "overlap": Task(OPERATORS, tuple(TRUNKS), build_classifier, train_classifier),
     "fewshot": Task(PROTOTYPES, ("conv4",), build_embedding, train_prototypes),
+    "analogy": Task(ENCODERS, ("encoder",), build_encoder, train_encoder),
 }
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, with every default filled in. Raises UserError."""
-    # Methods and other defaults depend on two flags. A wrong value of them is named by the second reading
+    # Methods and other defaults depend on these. A wrong value of them is named by the second reading
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--task", nargs="?")
-    first.add_argument("--net", nargs="?")
+    for flag in ("--task", "--net", "--model"):
+        first.add_argument(flag, nargs="?")
     given, _ = first.parse_known_args(argv)
     name = given.task if given.task in TASKS else "retain"
     task = TASKS[name]
     net = given.net if given.net in task.nets else task.nets[0]
     names = ("epochs", "batch_size", "lr", "weight_decay")
-    recipes = {data: dict(zip(names, row, strict=True)) for (of, data), row in RECIPES.items() if of == net}
+    what = "--model" if net == "encoder" and given.model else net
+    recipes = {data: dict(zip(names, row, strict=True)) for (of, data), row in RECIPES.items() if of == what}
     about = {method: row.about for method, row in task.methods.items()}
     title = f"{__doc__.splitlines()[0]}\nDefaults and methods of --task {name} --net {net}:"
     flags = Arguments("spherization", title, about, list(about), recipes, eval_every=5)
     add = flags.add
     add("--task", choices=list(TASKS), default=name, help="what is compared; each has its own --help")
     add("--net", choices=task.nets, default=net, help="network")
-    add("--per-class", type=at_least(1), help="train on so many images of each class at most")
     add("--radius", type=positive, default=5.0, help="r")
     add("--scale", type=positive, default=5.0, help="s at the start; 1 for features of three dimensions")
     add("--episodes", type=at_least(1), default=100, help="fewshot: of an epoch")
     add("--test-episodes", type=at_least(2), default=2000, help="fewshot: of the test")
+    add("--model", help="analogy: name at Hugging Face, or folder, of an encoder (default: a small one)")
+    add("--text", type=a_path, help="analogy: sentences, one per line (default: a small language)")
+    add("--analogies", type=a_path, help="analogy: questions, in the format of questions-words.txt")
+    add("--contexts", type=at_least(0), default=4, help="analogy: sentences for a word's vector; 0: it alone")
     args = flags.parse(argv)
+    files = [args.model, args.text, args.analogies]
+    if any(files) and not (all(files) and args.task == "analogy"):
+        raise UserError("--model, --text and --analogies: all three go together, with --task analogy")
+    if args.task == "analogy":
+        if args.dataset != "digits":
+            raise UserError(f"--dataset {args.dataset}: --task analogy has --text instead")
+        args.net = Path(args.model).name if args.model else net
+        args.folder = args.folder.with_name(args.text.stem if args.text else "language")
     args.folder = args.folder.parent / args.task / f"{args.folder.name}-{args.net}"
     episode = WAY * (SHOTS + QUERIES)
     if args.task == "fewshot" and args.batch_size != episode:
         raise UserError(f"--batch-size {args.batch_size}: an episode of --task fewshot has {episode} images")
-    if args.task == "fewshot" and args.per_class:
-        raise UserError(f"--per-class {args.per_class}: --task fewshot has episodes instead")
     if args.dry_run:
         args.episodes = 2
         args.test_episodes = 20
@@ -793,14 +1112,14 @@ def main(argv: list[str] | None = None) -> dict:
     if args.synthetic:
         return check_theory(args.out / "spherization" / "synthetic")
     task = TASKS[args.task]
-    data = prepare_data(args, per_class=SHOTS + QUERIES if args.task == "fewshot" else 0)
-    if args.task != "fewshot" and split_name(args.dataset)[0] != "digits":  # as released: pixels from 0 to 1
-        data = data._replace(mean=torch.zeros_like(data.mean), std=torch.ones_like(data.std))
-    if args.per_class:
-        kept = keep_per_class(data.train_y, args.per_class)
-        data = data._replace(train_x=data.train_x[kept], train_y=data.train_y[kept])
+    if args.task == "analogy":
+        data = prepare_language(args)
+    else:
+        data = prepare_data(args, per_class=SHOTS + QUERIES if args.task == "fewshot" else 0)
     if args.task == "fewshot":
         split_by_class(args, data)  # says what is wrong with the data before the first run
+    elif args.task != "analogy" and split_name(args.dataset)[0] != "digits":  # as released: pixels 0 to 1
+        data = data._replace(mean=torch.zeros_like(data.mean), std=torch.ones_like(data.std))
     for name in args.method:  # and with a model
         model = task.build(args, name, data)
         print(f"{name}: {args.net}, {sum(p.numel() for p in model.parameters()):,} parameters")

@@ -130,7 +130,7 @@ def test_bad_layers(wrong):
         Spherization(**{"n": 3, **wrong})
 
 
-@pytest.mark.parametrize("shape", [(3,), (2, 4), (2, 4, 3)])
+@pytest.mark.parametrize("shape", [(3,), (2, 4), (2, 3, 4)])
 def test_bad_inputs(shape):
     with pytest.raises(ValueError, match=r"expected \(B, n\)"):
         Spherization(3)(torch.zeros(shape))
@@ -198,7 +198,8 @@ def test_classifiers(kind):
 
 def test_every_method_can_be_built():
     data = load_dataset("digits")
-    for task, row in script.TASKS.items():
+    for task in ("retain", "overlap", "fewshot"):
+        row = script.TASKS[task]
         args = script.parse(["--task", task])
         for name in row.methods:
             model = row.build(args, name, data)
@@ -412,7 +413,7 @@ def test_few_shots_in_words_and_pictures(tmp_path, capsys):
     ["--task", "overlap", "--method", "w-linear", "cosine"],
     ["--task", "fewshot", "--method", "cosine", "euclidean+last"],
     ["--method", "sphere", "--precision", "bf16", "--radius", "2", "--scale", "2"],
-    ["--method", "plain-3d", "--per-class", "10", "--eval-every", "3", "--seed", "0", "1"],
+    ["--method", "plain-3d", "--batch-size", "300", "--eval-every", "3", "--seed", "0", "1"],
     ["--dataset", "digitslt", "--method", "plain"],
 ])  # fmt: skip
 def test_every_task_and_flag_trains(flags, tmp_path, no_figures):
@@ -487,7 +488,6 @@ def test_common_figures_show_every_finished_method(tmp_path, monkeypatch):
     (["--radius", "0"], ["--radius", "0"]),
     (["--scale", "nan"], ["--scale", "nan"]),
     (["--weight-decay", "2"], ["--weight-decay", "2"]),
-    (["--task", "fewshot", "--per-class", "9"], ["--per-class 9", "episodes"]),
     (["--task", "fewshot", "--batch-size", "32"], ["--batch-size 32", "100 images"]),
     (["--task", "fewshot", "--test-episodes", "1"], ["--test-episodes", "2 or more"]),
     (["--dataset", "folder:nowhere"], ["nowhere", "train"]),
