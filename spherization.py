@@ -4,7 +4,7 @@
 # ///
 
 # %% [markdown]
-"""Classes that only the length of a feature keeps apart, and a layer that leaves angles alone: Spherization.
+"""Classes that only the length of a feature keeps apart, and a layer that leaves angles only: Spherization.
 
 Sources: H. Kim, From Theory to Remedy (doctoral thesis, GIST), part 1, of which we have the abstract, and the
 code and read-me published with the paper it builds on (NeurIPS 2022): "released" below. The paper's text we
@@ -91,7 +91,7 @@ def spherize(z: Tensor, s: Tensor | float, r: float = 5.0, delta: float = 1e-6) 
     phi_L = lower_bound(n, delta)
     psi = (math.pi / 2 - phi_L) * torch.sigmoid(-s * z)  # (..., n): pi/2 - phi
     cos = psi.sin()  # cos(phi)
-    if n < 40:
+    if n < 40:  # few angles come near 0, where 1 - cos^2 would cancel
         phi = (math.pi / 2 - phi_L) * torch.sigmoid(s * z) + phi_L
         log_sin = phi.sin().log()
     else:  # sines just below 1, whose rounding errors would add up: from the cosines
@@ -169,8 +169,15 @@ def overlap(h: Tensor, y: Tensor, norm_gap: float = 0.1) -> tuple[Tensor, Tensor
 
 
 def draw_episodes(y: Tensor, E: int, way: int, images: int, generator: torch.Generator) -> Tensor:
-    """E episodes of `way` classes, `images` images each: indices into y (E, way, images), none twice."""
+    """E episodes of `way` classes, `images` images each: indices into y (E, way, images), none twice.
+
+    Raises ValueError for too few classes, or too few images of one.
+    """
     members = [(y == k).nonzero().flatten() for k in y.unique()]
+    fewest = min(map(len, members))
+    if len(members) < way or fewest < images:
+        found = f"{len(members)} classes of {fewest} images or more"
+        raise ValueError(f"an episode has {way} classes of {images} images, and there are {found}")
     episodes = torch.empty(E, way, images, dtype=torch.long)
     for episode in episodes:
         classes = torch.randperm(len(members), generator=generator)[:way]
@@ -326,15 +333,17 @@ def check_theory(folder: Path) -> dict:
         by_angle = angle_accuracy(noisy.flatten(0, 1), torch.arange(K).repeat(200), H)
         claims.equal(f"6 classes, {name}: accuracy", 1, float(right.double().mean()), 0)
         # on one ray every cosine is 1 (or 0, for no feature), and the first class wins
-        claims.equal("   by angle, 1% noise", 1 if spherized else 1 / K, by_angle, 0.01)
+        claims.equal(f"   by angle alone, chance 1/{K}", 1 if spherized else 1 / K, by_angle, 0.01)
 
     # What the layer promises, in float32 and where rounding errors add up: all angles alike
     z = torch.tensor([0, 0.3, 0.9, -0.9, -3, 3, -50, 50])
     x = spherize(z[:, None].expand(-1, 4096), 5.0).double()
     norm = x.norm(dim=1) / 5
     farthest = float(norm[(norm - 1).abs().argmax()])
-    claims.equal("4096 angles, float32: norm / radius, farthest from 1", 1, farthest, 1e-6)
-    claims.equal("   smallest product of sines / delta", 1, float(x[:, -1].min()) / 5 / 1e-6, 2e-5)
+    claims.equal("4096 angles, float32: the point is on the sphere, norm / radius", 1, farthest, 1e-6)
+    claims.equal(
+        "   no coordinate fades below delta: smallest / delta", 1, float(x[:, -1].min()) / 5 / 1e-6, 2e-5
+    )
 
     # The later an angle, the less it moves x: ||dx/dz_k|| = r s (pi/2 - phi_L)/4 prod_{j<k} sin(phi_j)
     n = 300
@@ -342,7 +351,9 @@ def check_theory(folder: Path) -> dict:
     J = torch.autograd.functional.jacobian(lambda z: spherize(z, 5.0), z)  # (n+1, n)
     middle = (math.pi / 2 + lower_bound(n)) / 2  # the angle at z = 0
     theory = 5 * 5 * (math.pi / 2 - lower_bound(n)) / 4 * math.sin(middle) ** (n - 1)
-    claims.equal("300 angles, z = 0: length of dx/dz_300, the shortest", theory, float(J[:, -1].norm()), 1e-9)
+    claims.equal(
+        "300 angles at z = 0: the last one moves x least, |dx/dz_300|", theory, float(J[:, -1].norm()), 1e-9
+    )
 
     # One picture: six classes told apart by the norm on one ray, or by one angle
     figure = Figure(figsize=(8, 4), layout="constrained")

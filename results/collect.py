@@ -46,7 +46,9 @@ PERCENT = {  # shares; a table shows those that all its runs have
     "interval_1shot": "1-shot ± 95%",
     "accuracy_5shot": "5-shot %",
     "interval_5shot": "5-shot ± 95%",
-    "best_validation": "best val. %",
+    "offset": "3CosAdd %",
+    "inputs": "input embeddings %",
+    "choice": "four choices %",
     "purity": "purity %",  # nc_metrics.py: fine labels recovered from coarse training
     "probe": "probe %",
     "oracle_probe": "true labels %",

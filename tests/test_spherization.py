@@ -530,3 +530,10 @@ def test_the_layer_learns_digits(tmp_path, no_figures):
     assert sphere["accuracy"] > 0.9 and plain["accuracy"] > 0.9
     assert sphere["norm_spread"] < 1e-6 < 0.02 < plain["norm_spread"]
     assert sphere["angle_accuracy"] > 0.9
+
+
+def test_episodes_of_too_few_classes_or_images_are_refused():
+    y = torch.tensor([0, 0, 0, 1, 1, 1])
+    for way, images in ((3, 2), (2, 4)):  # else rows of memory that nothing was written to
+        with pytest.raises(ValueError, match="episode"):
+            script.draw_episodes(y, 1, way, images, torch.Generator())
