@@ -639,7 +639,8 @@ def draw_figures(run: Run, data: Dataset, fine: Dataset | None) -> None:
     """collapse.png, and falling.png or, where labels were coarse, hidden.png and class_distances.png."""
     lines = [line for line in run.history if "nc1" in line]
     epochs = [line["epoch"] for line in lines]
-    points = {name: (epochs, [line[key] for line in lines]) for name, key in CURVES.items()}
+    # 0 has no place on a log axis, and leaves a gap
+    points = {name: (epochs, [line[key] or math.nan for line in lines]) for name, key in CURVES.items()}
     zero = run.finished["zero_error_epoch"]
     epoch = "epoch" if math.isnan(zero) else f"epoch; zero training error from epoch {zero} on"
     axes = {"xscale": "log", "yscale": "log", "xlabel": epoch, "ylabel": "0 at full collapse"}

@@ -124,4 +124,4 @@ def test_a_wrong_constant_fails_the_check(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(script, "lower_bound", lambda n, delta=1e-6: math.asin((delta / 2) ** (1 / n)))
     assert not script.main(["--synthetic", "--out", str(tmp_path)])["ok"]
     failed = [line for line in capsys.readouterr().out.splitlines() if line.endswith("NO")]
-    assert len(failed) == 1 and "smallest product" in failed[0]
+    assert len(failed) == 1 and "no coordinate fades" in failed[0]
