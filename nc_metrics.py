@@ -656,14 +656,18 @@ def draw_figures(run: Run, data: Dataset, fine: Dataset | None) -> None:
 
 
 def scatters(path: Path, panels: dict[str, dict], legend: str, xlabel: str, **share) -> None:
-    """Points in the plane side by side, {title: {name: (n, 2)}}, below each the legend of its names."""
+    """Points in the plane side by side, {title: {name: (n, 2)}}, their names below, once if all are alike."""
     figure = Figure(figsize=(2.8 * len(panels), 3.8), layout="constrained")
     plots = figure.subplots(1, len(panels), squeeze=False, **share)
     for plot, (title, groups) in zip(plots.flat, panels.items(), strict=True):
         for (name, points), look in zip(groups.items(), styles(groups).values(), strict=True):
             plot.scatter(points[:, 0], points[:, 1], s=8, label=name.replace("$", r"\$"), **look)
         plot.set(title=title, xlabel=xlabel)
-        plot.legend(title=legend, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, frameon=False)
+        if len({tuple(names) for names in panels.values()}) > 1:
+            plot.legend(title=legend, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, frameon=False)
+    if figure.axes[0].get_legend() is None:
+        names = figure.axes[0].get_legend_handles_labels()
+        figure.legend(*names, title=legend, loc="outside lower center", ncols=10, frameon=False)
     common.save_figure(path, figure)
 
 

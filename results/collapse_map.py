@@ -2,10 +2,10 @@
 
     python results/collapse_map.py runs/map --figure results/collapse_map.png
 
-Reads result.json and config.json of every finished run of bmls_msclf.py below the folder. x is the share of
-one rare class, n_B / N; y the mean cosine of the rare classes' vectors after training, 1 where they have
-collapsed. The edge of a method is the share at which its cosine falls through 1/2, interpolated on the log of
-the share. In the layer-peeled model Mixup's edge is 3/2 times cross-entropy's.
+Reads every finished run of bmls_msclf.py --profile step below the folder. x is the share of one rare class,
+n_B / N; y the mean cosine of the rare half's class vectors after training, 1 where they have collapsed.
+Dashed: the edge, where a method's cosine falls through 1/2, interpolated on the log of the share. In the
+layer-peeled model Mixup's edge is 3/2 times cross-entropy's.
 """
 
 import argparse
@@ -13,9 +13,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import COLOURS, Run, save_figure, table
+from common import COLOURS, Run, mean_pairwise_cosine, save_figure, table
+
+NAMES = {"ce": "cross-entropy", "mixup": "Mixup", "bmls+ms": "BMLS + MS-Clf"}
 
 
 def read(folder: Path) -> dict[tuple[float, str], np.ndarray]:
@@ -23,10 +26,12 @@ def read(folder: Path) -> dict[tuple[float, str], np.ndarray]:
     found: dict = {}
     for path in sorted(folder.rglob("result.json")):
         run = Run(path.parent)
-        counts = run.finished["counts"]
+        counts = torch.tensor(run.finished["counts"])
+        rare = torch.argsort(counts, stable=True)[: len(counts) // 2]
+        W = torch.from_numpy(run.load_features()["W"])
         key = (run.config["flags"]["weight_decay"], run.name)
-        share = min(counts) / sum(counts)
-        found.setdefault(key, {}).setdefault(share, []).append(run.finished["minority_cosine_W"])
+        share = float(counts[rare].double().mean() / counts.sum())
+        found.setdefault(key, {}).setdefault(share, []).append(mean_pairwise_cosine(W, rare))
     return {
         key: np.array([(share, np.mean(cosines)) for share, cosines in sorted(points.items())])
         for key, points in sorted(found.items())
@@ -56,7 +61,10 @@ def draw(curves: dict, path: Path) -> None:
         for i, method in enumerate(methods):
             if (decay, method) in curves:
                 share, cosine = curves[decay, method].T
-                panel.plot(share, cosine, marker="os^Dv"[i], color=COLOURS[i], label=method)
+                panel.plot(
+                    share, cosine, marker="os^Dv"[i], color=COLOURS[i], label=NAMES.get(method, method)
+                )
+                panel.axvline(edge(curves[decay, method]), color=COLOURS[i], ls="--", lw=1)
         panel.set(title=f"weight decay {decay:g}", xscale="log", xlabel="share of one rare class")
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("mean cosine of the rare classes' vectors")

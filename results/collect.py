@@ -86,10 +86,10 @@ def read_runs(folders: list[Path]) -> list[Run]:
 
 
 def place(run: Run) -> int:
-    """Where the run's method comes in its script: the position of `"name": ` in source.py after METHODS."""
+    """Where the run's method comes in its script: the position of `"name": Method` in source.py."""
     source = run.folder / "source.py"
     text = source.read_text() if source.exists() else ""
-    found = re.search(rf'^METHODS.*?"{re.escape(run.name)}":', text, re.S | re.M)
+    found = re.search(rf'^    "{re.escape(run.name)}": Method', text, re.M)
     return found.end() if found else len(text)
 
 
@@ -119,6 +119,7 @@ def markdown(runs: list[Run]) -> str:
     differing = [n for n in names if len({json.dumps(f.get(n)) for f in flags}) > 1]
     shared = [n for n in names if n not in differing and flags[0].get(n) not in (None, False)]
     measures = [key for key in (*PERCENT, "ece", *PLAIN) if all(key in run.finished for run in runs)]
+    measures = [m for m in measures if any(run.finished[m] == run.finished[m] for run in runs)]  # not all nan
     titles = {**PERCENT, "ece": "ECE %", **PLAIN}
     header = ["method", *map(flag, differing), "seeds", *(titles[m] for m in measures)]
     rows = [header, [":--", *["--:"] * (len(header) - 1)]]
