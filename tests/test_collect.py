@@ -29,7 +29,7 @@ def write_run(folder, method, seed, accuracy, loss=lambda epoch: 1.0, **flags):
     (folder / "result.json").write_text(json.dumps({"method": method, "heads": {"own": 0.5}, **result}))
     history = [{"epoch": e, "loss": loss(e)} for e in range(1, 21)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in history))
-    (folder / "source.py").write_text('METHODS = {\n    "mixup": 1,\n    "ce": 2,\n}\n')
+    (folder / "source.py").write_text('METHODS = {\n    "mixup": Method(1),\n    "ce": Method(2),\n}\n')
 
 
 def test_mean_and_spread_over_seeds_a_row_for_each_set_of_flags(tmp_path, capsys):
