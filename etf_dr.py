@@ -161,7 +161,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
 from torch import nn
 
 from common import (
@@ -295,6 +294,8 @@ def check_theory(folder: Path) -> dict:
 
 def draw_simplex(path: Path) -> None:
     """Class vectors of 3 and 4 classes, two of them rare: a fixed simplex beside the learnt optima."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     colours = [COLOURS[1], COLOURS[4], COLOURS[0], COLOURS[5]]
     for row, K in enumerate((3, 4)):
@@ -487,7 +488,7 @@ LOSSES = {
 # What published recipes leave to the user: small sets need small batches and fewer epochs.
 RECIPES = {
     "": {"epochs": 200, "batch_size": 128, "lr": 0.1, "weight_decay": 2e-4, "net": "resnet32", "width": 1},
-    "digits": {"epochs": 200, "batch_size": 32, "net": "cnn"},
+    "digits": {"epochs": 120, "batch_size": 32, "net": "cnn"},
     "mnist": {"epochs": 40},
     "fashionmnist": {"epochs": 100},
     "cifar100": {"width": 2},

@@ -174,7 +174,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
 from torch import nn
 from tqdm import tqdm
 
@@ -680,6 +679,8 @@ def measure(model: nn.ModuleDict, data: Dataset, run: Run) -> dict:
 
 def draw_figures(folder: Path, runs: list[Run]) -> None:
     """Figures of finished runs, methods side by side; means over seeds, one circle per method."""
+    from matplotlib.figure import Figure
+
     by_method = {name: [run for run in runs if run.name == name] for name in METHODS}
     by_method = {name: found for name, found in by_method.items() if found}
     style = styles(METHODS)
@@ -712,6 +713,8 @@ def draw_figures(folder: Path, runs: list[Run]) -> None:
 
 def draw_circles(path: Path, arrays: dict[str, dict]) -> None:
     """Directions of test features (dots) and class vectors (lines) on the circle, one colour per class."""
+    from matplotlib.figure import Figure
+
     rows = -(-len(arrays) // 3)
     columns = min(3, len(arrays))
     figure = Figure(figsize=(3.4 * columns + 1, 3.5 * rows), layout="constrained")

@@ -177,7 +177,6 @@ import math
 from pathlib import Path
 
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
@@ -657,6 +656,8 @@ def draw_figures(run: Run, data: Dataset, fine: Dataset | None) -> None:
 
 def scatters(path: Path, panels: dict[str, dict], legend: str, xlabel: str, **share) -> None:
     """Points in the plane side by side, {title: {name: (n, 2)}}, their names below, once if all are alike."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(2.8 * len(panels), 3.8), layout="constrained")
     plots = figure.subplots(1, len(panels), squeeze=False, **share)
     for plot, (title, groups) in zip(plots.flat, panels.items(), strict=True):

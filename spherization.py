@@ -244,7 +244,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from common import (
     Arguments,
@@ -317,6 +316,8 @@ def angle_accuracy(h: Tensor, y: Tensor, M: Tensor) -> float:
 
 def check_theory(folder: Path) -> dict:
     """Print the chapter's claims, each against a closed form or direct optimisation; draw synthetic.png."""
+    from matplotlib.figure import Figure
+
     claims = Claims()
     generator = torch.Generator().manual_seed(0)
 
@@ -558,7 +559,7 @@ SHOTS = 5  # labelled images and
 QUERIES = 15  # images to be classified
 RECIPES = {  # network, data set ("": any other): epochs, batch size, lr, weight decay; digits' are ours
     ("mlp", ""): (100, 256, 1e-3, 5e-5),
-    ("mlp", "digits"): (80, 64, 5e-3, 5e-5),
+    ("mlp", "digits"): (70, 64, 5e-3, 5e-5),
     ("lenet", ""): (20, 128, 1e-3, 0.0),
     ("conv4", ""): (100, 100, 1e-4, 0.0),
     ("conv4", "digits"): (5, 100, 1e-3, 0.0),
@@ -949,6 +950,7 @@ def draw_figures(folder: Path, runs: list[Run]) -> None:
 
 def draw_bars(path: Path, by_method: dict[str, list[Run]], style: dict[str, dict]) -> None:
     """Accuracy by shots, or 3CosAdd by section: means over seeds, with the first seed's 95% intervals."""
+    from matplotlib.figure import Figure
 
     def shares(run: Run) -> dict[str, tuple[float, float]]:  # of each bar, with its interval
         found = run.finished
@@ -974,6 +976,8 @@ def draw_bars(path: Path, by_method: dict[str, list[Run]], style: dict[str, dict
 
 def draw_octant(path: Path, by_method: dict[str, list[Run]]) -> None:
     """Test features of three dimensions, first seed, each its class's number; how two angles make them."""
+    from matplotlib.figure import Figure
+
     panels = []  # title, points (N, 2 or 3), symbol of their coordinates
     for name in [name for name in by_method if name.endswith("-3d")]:
         values = by_method[name][0].load_features()
