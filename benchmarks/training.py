@@ -206,7 +206,7 @@ def memory(args) -> None:
         "bmls_msclf": "cifar100lt --method bmls+ms",
         "etf_dr": "cifar100lt --method etf+dr",
         "hug": "cifar10 --method hug-mhe --per-class 200",
-        "spherization": "cifar10 --method sphere --task overlap --per-class 200",
+        "spherization": "cifar10 --method sphere --task overlap",
         "fno_continual": "cifar10 --method der++ --classifier fno --no-mask --per-class 200",
         "nc_metrics": "cifar10 --method ce --per-class 200",
     }
