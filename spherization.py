@@ -559,7 +559,7 @@ SHOTS = 5  # labelled images and
 QUERIES = 15  # images to be classified
 RECIPES = {  # network, data set ("": any other): epochs, batch size, lr, weight decay; digits' are ours
     ("mlp", ""): (100, 256, 1e-3, 5e-5),
-    ("mlp", "digits"): (70, 64, 5e-3, 5e-5),
+    ("mlp", "digits"): (80, 64, 5e-3, 5e-5),
     ("lenet", ""): (20, 128, 1e-3, 0.0),
     ("conv4", ""): (100, 100, 1e-4, 0.0),
     ("conv4", "digits"): (5, 100, 1e-3, 0.0),
