@@ -19,8 +19,8 @@ TAIL = [*SHORT, "--dataset", "digitslt", "--profile", "exp", "--imbalance", "20"
 STREAM = [*SHORT, "--per-class", "40", "--batch-size", "32", "--method", "sgd", "--no-mask"]
 HUG = [*TAIL, "--per-class", "60"]
 HEADS = {
-    "linear with bias": (spherization, [*SHORT, "--method", "plain", "--per-class", "30"]),
-    "sphere": (spherization, [*SHORT, "--method", "sphere", "--per-class", "30"]),
+    "linear with bias": (spherization, [*SHORT, "--method", "plain"]),
+    "sphere": (spherization, [*SHORT, "--method", "sphere"]),
     "linear": (bmls_msclf, [*TAIL, "--method", "ce"]),
     "cosine": (bmls_msclf, [*TAIL, "--method", "bmls+ms", "--ms", "unit"]),
     "fixed": (bmls_msclf, [*TAIL, "--method", "bmls+ms", "--ms", "dot", "--classifier", "etf"]),

@@ -228,7 +228,7 @@ RUNS = {
     "hug": ["--method", "hug-mhe", "--net", "cnn"],
     "nc_metrics": ["--method", "ce", "--net", "cnn", "--augment"],
     "fno_continual": ["--method", "der++", "--classifier", "fno", "--net", "cnn", "--tasks", "2"],
-    "spherization": ["--task", "retain", "--method", "sphere", "--net", "mlp", "--per-class", "15"],
+    "spherization": ["--task", "retain", "--method", "sphere", "--net", "mlp"],
 }
 
 
