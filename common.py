@@ -771,14 +771,18 @@ def accuracy_per_class(prediction: Tensor, y: Tensor, K: int) -> Tensor:
 def shot_groups(counts: Tensor) -> tuple[dict[str, Tensor], str]:
     """Classes by training images: many (> 100), medium (20 to 100), few (< 20), and the rule in words.
 
-    Where none are many or none few (Liu et al. 2019): the two sizes of a step, else thirds of the classes.
+    Where none are many or none few (Liu et al. 2019): the two halves of a step, else thirds of the classes.
     """
     groups = {"many": counts > 100, "medium": (counts >= 20) & (counts <= 100), "few": counts < 20}
     rule = "many > 100, medium 20 to 100, few < 20 training images"
     if not (groups["many"].any() and groups["few"].any()):
         order = torch.argsort(counts, descending=True, stable=True)
-        if len(counts.unique()) == 2:
-            parts = [counts == counts.max(), counts < 0, counts == counts.min()]
+        log_size = counts[order].double().log()
+        drop = log_size[:-1] - log_size[1:]  # from each class to the next smaller one
+        steepest = max(drop.tolist(), default=0)
+        if steepest > max(0.6 * drop.sum(), math.log(1.5)):  # most of the tail is one drop
+            large = counts >= counts[order[drop.argmax()]]
+            parts = [large, counts < 0, ~large]
             rule = "many, few: the classes of the larger and of the smaller size"
         else:
             parts = [torch.isin(torch.arange(len(order)).to(order), third) for third in order.tensor_split(3)]

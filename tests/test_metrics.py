@@ -35,6 +35,7 @@ def test_shot_groups_by_the_rule():
         ([1, 2, 3, 4, 5, 6, 7], [[4, 5, 6], [2, 3], [0, 1]]),
         ([9, 9, 9, 9, 9, 9], [[0, 1], [2, 3], [4, 5]]),  # ties in label order
         ([500, 101, 100, 20], [[0, 1], [2], [3]]),  # by the rule none would be few
+        ([7], [[0], [], []]),
     ],
 )
 def test_shot_groups_in_thirds_where_the_rule_finds_no_many_or_no_few(counts, expected):
@@ -43,7 +44,9 @@ def test_shot_groups_in_thirds_where_the_rule_finds_no_many_or_no_few(counts, ex
     assert "thirds" in rule
 
 
-@pytest.mark.parametrize("counts", [[143, 1, 142, 1], [5000, 50, 5000, 50], [30, 4, 30, 4]])
+@pytest.mark.parametrize(
+    "counts", [[143, 1, 142, 1], [5000, 50, 5000, 50], [30, 4, 30, 4], [143, 28, 142, 29]]
+)
 def test_a_step_has_no_medium_classes_and_all_of_its_rare_ones_are_few(counts):
     groups, rule = shot_groups(torch.tensor(counts))
     assert members(groups) == [[0, 2], [], [1, 3]]
