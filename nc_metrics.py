@@ -683,7 +683,8 @@ def draw_fine(run: Run, fine: Dataset) -> None:
         inside = features["train_y"] == c
         points = PCA(2).fit_transform(prepare(features["train_h"][inside], "l2"))
         own = {k: features["train_fine"][inside] == k for k in np.flatnonzero(coarse == c)}
-        panels[f"coarse class {c}"] = {fine.classes[k]: points[rows] for k, rows in own.items()}
+        # 300 of each: more would hide each other
+        panels[f"coarse class {c}"] = {fine.classes[k]: points[rows][:300] for k, rows in own.items()}
     scatters(run.folder / "hidden.png", panels, "fine class", "two principal components")
 
     order = torch.argsort(coarse, stable=True).numpy()  # sisters beside each other
