@@ -44,7 +44,7 @@ METHODS = {  # name in the table -> script, its method
     "ETF + DR": (etf_dr, "etf+dr"),
     "HUG": (hug, "hug-mhe"),
 }
-DECAYS = ("1e-3", "2e-4", "5e-3")
+DECAYS = ("5e-5", "2e-4", "1e-3", "5e-3")
 
 
 def hold_out(base: str, data_dir: Path, folder: Path) -> int:
