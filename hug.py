@@ -634,7 +634,8 @@ def robustness(model: nn.ModuleDict, data: Dataset, run: Run) -> dict:
     low = (0 - mean) / std
     high = (1 - mean) / std
     generator = torch.Generator().manual_seed(0)
-    chosen = torch.randperm(loader.N, generator=generator)[: 10 if run.args.dry_run else ATTACKED]
+    attacked = 10 if run.args.dry_run else ATTACKED
+    chosen = torch.randperm(loader.N, generator=generator)[:attacked]
     x = loader.load(chosen)
     y = data.test_y[chosen].to(run.device)
     model.eval()

@@ -210,7 +210,8 @@ def peeled_optimum(K: int, n: int, lam: float) -> tuple[Tensor, Tensor, Tensor]:
     """The layer-peeled model, every feature free: optimal H (K n, d), class vectors W (K, d), labels."""
     generator = torch.Generator().manual_seed(0)
     y = torch.arange(K).repeat_interleave(n)
-    W, H = (torch.randn(rows, 16, generator=generator, dtype=torch.float64) for rows in (K, K * n))
+    W = torch.randn(K, 16, generator=generator, dtype=torch.float64)
+    H = torch.randn(K * n, 16, generator=generator, dtype=torch.float64)
 
     def loss(W: Tensor, H: Tensor) -> Tensor:
         # L = 1/N sum_i CE(W h_i) + lam/2 (||W||^2 + 1/N sum_i ||h_i||^2)

@@ -58,16 +58,16 @@ def hold_out(base: str, data_dir: Path, folder: Path) -> int:
         members = data.train_y == k
         place[members] = torch.arange(int(members.sum()))
     held_out = place % 10 == 0
-    path = folder / f"{base}.npz"
-    if not path.exists():
-        arrays = {
-            "train_x": data.train_x[~held_out],
-            "train_y": data.train_y[~held_out],
-            "test_x": torch.cat([data.test_x, data.train_x[held_out]]),
-            "test_y": torch.cat([data.test_y, data.train_y[held_out]]),
-        }
-        arrays = {key: value.numpy() for key, value in arrays.items()}
-        write_atomically(path, lambda part: np.savez(part, **arrays, classes=np.array(data.classes)))
+    arrays = {
+        "train_x": data.train_x[~held_out],
+        "train_y": data.train_y[~held_out],
+        "test_x": torch.cat([data.test_x, data.train_x[held_out]]),
+        "test_y": torch.cat([data.test_y, data.train_y[held_out]]),
+    }
+    arrays = {key: value.numpy() for key, value in arrays.items()}
+    # Written anew each time, so that runs of other data are refused and not gone on with
+    classes = np.array(data.classes)
+    write_atomically(folder / f"{base}.npz", lambda part: np.savez(part, **arrays, classes=classes))
     return int(held_out.sum())
 
 
@@ -87,18 +87,20 @@ def measure(run: Run, held_out: int) -> dict[str, float]:
     """Test accuracy under every head, of the three rarest classes also, and that on held-out images."""
     arrays = {key: torch.from_numpy(value) for key, value in run.load_features().items()}
     train = arrays["train_h"], arrays["train_y"]
-    h, y = arrays["test_h"], arrays["test_y"]
     W = arrays["W"]
     n = torch.bincount(train[1], minlength=len(W))
     rare = n.argsort(stable=True)[: len(W) * 3 // 10]
-    test_h, test_y = h[:-held_out], y[:-held_out]
+    test_h = arrays["test_h"][:-held_out]
+    test_y = arrays["test_y"][:-held_out]
+    held_h = arrays["test_h"][-held_out:]
+    held_y = arrays["test_y"][-held_out:]
     of_rare = torch.isin(test_y, rare)
     found = heads(*train, test_h, test_y, W)
     on_rare = heads(*train, test_h[of_rare], test_y[of_rare], W)
     return {
         **{name: found[name] for name in HEADS},
         **{f"{name}_rare": on_rare[name] for name in HEADS},
-        "held_out": heads(*train, h[-held_out:], y[-held_out:], W)["own"],
+        "held_out": heads(*train, held_h, held_y, W)["own"],
         "train": run.finished["train_accuracy"],
         "cosine": mean_pairwise_cosine(W, rare),
     }
@@ -125,6 +127,7 @@ def choose(args: argparse.Namespace, held_out: int) -> dict[str, tuple[str, list
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

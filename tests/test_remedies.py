@@ -45,6 +45,16 @@ def test_held_out_images_are_trained_on_by_nobody(cifar, tmp_path):
     assert kept | aside == images(full["train_x"])
 
 
+def test_held_out_file_follows_the_data(cifar, tmp_path):
+    """A second call with other images does not train on the first one's."""
+    remedies.hold_out("cifar10", cifar, tmp_path / "held")
+    full = dict(np.load(cifar / "cifar10.npz"))
+    full["train_x"] = 255 - full["train_x"]
+    np.savez(cifar / "cifar10.npz", **full)
+    remedies.hold_out("cifar10", cifar, tmp_path / "held")
+    assert (np.load(tmp_path / "held" / "cifar10.npz")["train_x"][0] == full["train_x"][1]).all()
+
+
 def write_run(folder, held_out_right, test_right):
     """A finished run whose own head is right on so many of ten images each."""
     folder.mkdir(parents=True)
