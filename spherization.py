@@ -961,6 +961,7 @@ def draw_bars(path: Path, by_method: dict[str, list[Run]], style: dict[str, dict
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     plot = figure.subplots()
     height = 0.8 / len(by_method)
+    xlabel = {"fewshot": "test accuracy (%)", "analogy": "questions answered right by 3CosAdd (%)"}
     for i, (name, found) in enumerate(by_method.items()):
         values = 100 * np.array([list(shares(run).values()) for run in found])  # (seeds, bars, 2)
         y = np.arange(values.shape[1]) + i * height
@@ -969,7 +970,7 @@ def draw_bars(path: Path, by_method: dict[str, list[Run]], style: dict[str, dict
         )
     plot.set_yticks(y + (0.5 - len(by_method) / 2) * height, shares(found[0]))
     plot.invert_yaxis()
-    plot.set(xlabel="test accuracy, or questions answered (%)", xlim=(0, 100))
+    plot.set(xlabel=xlabel[found[0].finished["task"]], xlim=(0, 100))
     figure.legend(loc="outside right upper", frameon=False)
     save_figure(path, figure)
 
