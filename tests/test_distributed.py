@@ -40,6 +40,8 @@ def server():
             ["test_distributed", "sklearn.datasets", "torchvision", "torch._dynamo"]
         )
         forkserver.ensure_running()
+    yield
+    forkserver._forkserver._stop()  # its children would die of Ctrl-C, and other tests' workers must not
 
 
 class Small(nn.Module):
