@@ -1,10 +1,10 @@
 """What every chapter shares: data, metrics, the bookkeeping of a run. It knows no model, loss or method.
 
-    from common import Batches, load_dataset, open_run, ...
+    import common                # then common.cosines(W): the prefix says that it is not in this file
 
 Five parts, each under its own banner; a reader who never opens them loses nothing of a chapter:
     Data      load_dataset -> Dataset (uint8); long tails, subsets, tasks, coarse labels; Batches, the loader
-    Metrics   accuracy per class, calibration, neural collapse, continual learning, clustering
+    Metrics   accuracy per class, neural collapse, continual learning, clustering
     Theory    Claims, the table of a theory check; minimise and locate, which measure what theory predicts
     Run       flags, the run folder, `epochs` (checkpoint, log, progress), several GPUs
     Figures   curves, heat maps, tables; command_line, which turns errors into exit codes
@@ -35,6 +35,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import filelock
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -44,7 +45,7 @@ from tqdm import tqdm
 
 
 class UserError(Exception):
-    """Something only the user can mend. The scripts print it as one line on stderr and exit with code 2."""
+    """Something only the user can fix. The scripts print it as one line on stderr and exit with code 2."""
 
 
 # %% ------------------------------------------------------------------------------------------------- Data
@@ -201,7 +202,7 @@ def _read_named(name: str, data_dir: Path) -> dict:
         return _checked(_read_npz(cache), SPECS[name], str(cache))
     found = _read_torchvision(name, data_dir)
     arrays = _checked(found, SPECS[name], f"torchvision's {name} in {data_dir}")
-    write_atomically(cache, lambda part: np.savez(part, **found), shared=True)
+    write_atomically(cache, lambda part: np.savez(part, **found))
     return arrays
 
 
@@ -1334,7 +1335,7 @@ class Claims:
 
     def __init__(self):
         self.passed: list[bool] = []
-        torch.set_num_threads(1)  # on small matrices more of them only wait for each other
+        torch.set_num_threads(1)  # on small matrices more threads are slower
         print(f"{'claim':<66}{'theory':>9}{'measured':>10}{'error':>9}{'tolerance':>10}  ok")
 
     def equal(self, claim: str, theory: float, measured: float, tolerance: float) -> None:
@@ -1350,7 +1351,7 @@ class Claims:
         self._line(claim + ", at least", bound, measured, max(bound - measured, 0.0), tolerance)
 
     def _line(self, claim: str, theory: float, measured: float, error: float, tolerance: float) -> None:
-        ok = bool(error <= tolerance)  # nan is no success
+        ok = bool(error <= tolerance) and math.isfinite(measured)  # nan is no success
         self.passed.append(ok)
         numbers = f"{theory:>9.4f}{measured:>10.4f}{error:>9.1e}{tolerance:>10.1e}"
         print(f"{claim:<66}{numbers}  {'yes' if ok else 'NO'}")
@@ -1362,7 +1363,10 @@ class Claims:
 
 
 def minimise(loss, *start: Tensor, steps: int = 200) -> list[Tensor]:
-    """Where loss(*tensors) is least, by full-batch L-BFGS with a strong Wolfe line search from `start`."""
+    """The tensors at which loss(*tensors) is least: full-batch L-BFGS with a strong Wolfe line search.
+
+    start: the tensors to begin with, of any shapes; the result has the same shapes.
+    """
     x = [s.clone().requires_grad_() for s in start]
     # stop on the gradient alone: near a threshold the loss is flat long before the solution is right
     limits = {"max_iter": steps, "history_size": 20, "tolerance_grad": 1e-9, "tolerance_change": 0}
@@ -1378,9 +1382,12 @@ def minimise(loss, *start: Tensor, steps: int = 200) -> list[Tensor]:
     return [v.detach() for v in x]
 
 
-def locate(holds, inside: float, outside: float) -> float:
-    """The edge of the region in which holds(x) is true, between inside and outside, by bisection of log x."""
-    for _ in range(4):
+def locate(holds, inside: float, outside: float, steps: int = 4) -> float:
+    """The edge of the region in which holds(x) is true, by bisection of log x between inside and outside.
+
+    Each step halves the error: it is at most a factor (outside / inside) ** (1 / 2 ** (steps + 1)).
+    """
+    for _ in range(steps):
         middle = math.sqrt(inside * outside)
         if holds(middle):
             inside = middle
@@ -1452,73 +1459,79 @@ def at_least(least: int, most: int = 2**63 - 1):
 
 def a_path(text: str) -> Path:
     """argparse type: a path, with ~ for the home folder."""
-    return Path(text).expanduser()
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text}: there is no such user") from None
 
 
-class Arguments(argparse.ArgumentParser):
-    """The flags of a script: `add` the chapter's own, then `parse`; the shared ones are there already.
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and keeps the lines of the list of methods."""
 
-    script: its name without .py. methods: {name: what it is, in a clause}. recipes: the defaults that depend
-    on the data set, {data set: {flag: value}}, "" for every other one: {"": {"epochs": 200}, "digits": ...}.
-    defaults: of shared flags, where the script's differ.
+
+class Flags(argparse.ArgumentParser):
+    """The command line of a script: add the chapter's own flags, then `parse` adds the shared ones.
+
+    script: its name without .py. about: its docstring, whose first line is shown.
     """
 
-    def __init__(
-        self, script: str, about: str, methods: dict[str, str], default: list[str], recipes: dict, **defaults
-    ):
-        width = max(map(len, methods))
-        listed = [f"  {name:<{width}}  {what}" for name, what in {**methods, "all": "all of them"}.items()]
-        layout = argparse.RawDescriptionHelpFormatter
-        epilog = "\n".join(["methods:", *listed])
-        super().__init__(f"{script}.py", None, about, epilog, formatter_class=layout, allow_abbrev=False)
+    def __init__(self, script: str, about: str | None):
+        title = (about or "").partition("\n")[0]
+        super().__init__(f"{script}.py", None, title, formatter_class=_Help, allow_abbrev=False)
         self.script = script
-        self.methods = list(methods)
-        self.recipes = recipes
-        self.defaults = {"method": default, **defaults}
-        self.add = self._group("of this chapter")  # first in --help
-        self._add_shared()
 
-    def _group(self, title: str):
-        """add_argument of a group, which shows the default in the help: `(default: 200; digits 30)`."""
-        group = self.add_argument_group(title)
+    def error(self, message: str):
+        raise UserError(message)  # one line instead of the usage text; command_line makes it exit code 2
 
-        def add(name: str, *, help: str, **options) -> None:
-            flag = name[2:].replace("-", "_")
-            if flag in self.defaults:
-                options["default"] = self.defaults[flag]
-            default = options.get("default")
-            words = default if isinstance(default, list) else [default]
-            shown = "" if default in (None, False) else " ".join(map(str, words))
-            recipes = {key: values[flag] for key, values in self.recipes.items() if flag in values}
-            if recipes:  # `parse` fills it in
-                options["default"] = None
-                shown = "; ".join(f"{key} {value}".strip() for key, value in recipes.items())
-            group.add_argument(name, help=f"{help} (default: {shown})" if shown else help, **options)
+    def parse(
+        self, argv: list[str] | None, methods: dict[str, str], usual: list[str], recipes: dict, **defaults
+    ) -> argparse.Namespace:
+        """The flags, with `folder`: OUT/SCRIPT/DATASET. Raises UserError.
 
-        return add
+        methods: {name: what it is}. usual: those without --method. recipes: {data set: {flag: default}}, ""
+        for all; --dataset is read first. defaults: of shared flags, the same for all data sets.
+        """
+        own = set(vars(self.parse_args([])))  # the chapter's flags; it has no required ones
+        self._add_shared([*methods, "all"])
+        self.epilog = "\n".join(["methods:", *(f"  {name:<18}{what}" for name, what in methods.items())])
+        self.set_defaults(method=usual, **defaults)
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        first.add_argument("--dataset", nargs="?", default=self.get_default("dataset"))
+        name = first.parse_known_args(argv)[0].dataset or ""
+        base = name.partition(":")[0].removesuffix("lt")
+        self.set_defaults(**recipes[""] | recipes.get(base, {}))
+        args = self.parse_args(argv)
+        args.script = self.script
+        args.compared = sorted(own | COMPARED)
+        _check_ranks(args)
+        split_name(args.dataset)
+        args.method = list(methods) if "all" in args.method else list(dict.fromkeys(args.method))
+        args.seed = list(dict.fromkeys(args.seed))
+        if args.dry_run:
+            args.epochs = 1
+            args.overwrite = True
+            args.out = args.out / "dry-run"
+        args.folder = args.out / self.script / re.sub(r"[^\w.,+-]+", "-", args.dataset)
+        return args
 
-    def _add_shared(self) -> None:
-        add = self._group("training")
-        names = [*self.methods, "all"]
-        add("--method", nargs="+", choices=names, metavar="M", help="one or more, see below")
-        add("--epochs", type=at_least(1), help="passes over the training images")
-        add("--batch-size", type=at_least(2), help="images per step")
-        add("--lr", type=positive, help="peak learning rate")
-        add("--weight-decay", type=fraction, help="on all parameters")
+    def _add_shared(self, names: list[str]) -> None:
+        add = self.add_argument_group("shared by all scripts").add_argument
+        data = f"{', '.join(SPECS)}, folder:PATH; with lt long-tailed: cifar10lt"
         seed = at_least(0, 2**32 - 1)
-        add("--seed", type=seed, nargs="+", default=[0], help="one or more; of weights, order and crops")
-        add("--eval-every", type=at_least(1), default=1, help="epochs from test to test; the last is tested")
-        add = self._group("data")
-        names = f"{', '.join(SPECS)}, folder:PATH; with lt long-tailed: cifar10lt"
-        add("--dataset", default="digits", help=names)
+        add("--dataset", default="digits", help=data)
         add("--data-dir", type=a_path, default=Path("data"), help="where NAME.npz is kept and downloads go")
         add("--imbalance", type=positive, default=100.0, help="lt: largest class over smallest")
         add("--profile", choices=["exp", "step"], default="exp", help="lt: shape of the long tail")
         add("--image-size", type=at_least(1), default=32, help="folder: pixels")
         add("--test-share", type=fraction, default=0.0, help="folder without train/, test/: to test on")
-        add = self._group("run")
-        where = f"run folders go to OUT/{self.script}/DATASET/METHOD/seedS"
-        add("--out", type=a_path, default=Path("runs"), help=where)
+        add("--method", nargs="+", choices=names, metavar="M", help="one or more, or all; see below")
+        add("--seed", type=seed, nargs="+", default=[0], help="one or more; of weights, order and crops")
+        add("--epochs", type=at_least(1), help="passes over the training images")
+        add("--batch-size", type=at_least(2), help="images per step")
+        add("--lr", type=positive, help="peak learning rate")
+        add("--weight-decay", type=fraction, help="on all parameters")
+        add("--eval-every", type=at_least(1), default=1, help="epochs from test to test; the last is tested")
+        add("--out", type=a_path, default=Path("runs"), help="run folders: OUT/SCRIPT/DATASET/METHOD/seedS")
         add("--overwrite", action="store_true", help="train anew what is there, instead of going on with it")
         add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where it runs")
         precisions = ["auto", "fp32", "bf16"]
@@ -1527,25 +1540,18 @@ class Arguments(argparse.ArgumentParser):
         add("--dry-run", action="store_true", help="two steps of everything, into OUT/dry-run")
         add("--synthetic", action="store_true", help="check the theory; trains no network")
 
-    def error(self, message: str):
-        raise UserError(message)  # one line instead of the usage text; command_line makes it exit code 2
 
-    def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
-        """The flags, defaults by data set filled in, with `folder`: OUT/SCRIPT/DATASET. Raises UserError."""
-        args = self.parse_args(argv)
-        base, _, _ = split_name(args.dataset)
-        for flag, value in (self.recipes[""] | self.recipes.get(base, {})).items():
-            if getattr(args, flag) is None:
-                setattr(args, flag, value)
-        args.method = self.methods if "all" in args.method else list(dict.fromkeys(args.method))
-        args.seed = list(dict.fromkeys(args.seed))
-        if args.dry_run:
-            args.epochs = 1
-            args.overwrite = True
-            args.out = args.out / "dry-run"
-        args.script = self.script
-        args.folder = args.out / self.script / re.sub(r"[^\w.,+-]+", "-", args.dataset)
-        return args
+# Shared flags that decide what is computed: with other values a run is another one. A chapter's own all do.
+COMPARED = {"dataset", "imbalance", "profile", "image_size", "test_share", "epochs", "batch_size", "lr"}
+COMPARED |= {"weight_decay", "eval_every", "precision", "compile"}
+
+
+def _check_ranks(args: argparse.Namespace) -> None:
+    present = [name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")]
+    if any(present[:2]) and not all(present):
+        raise UserError("RANK or WORLD_SIZE is set, but torchrun did not start this; unset both")
+    if ranks()[1] > 1 and args.script not in ("bmls_msclf", "etf_dr"):
+        raise UserError(f"torchrun: {args.script}.py runs in one process; only bmls_msclf.py and etf_dr.py")
 
 
 def prepare_data(args: argparse.Namespace, per_class: int = 0) -> Dataset:
@@ -1564,7 +1570,7 @@ def prepare_data(args: argparse.Namespace, per_class: int = 0) -> Dataset:
     if args.dry_run:
         data = cut_for_dry_run(data, max(args.batch_size, per_class * len(data.classes)))
     if args.device.type == "cpu" and data.train_x.shape[1] <= 16:
-        torch.set_num_threads(1)  # on 8 x 8 images more of them only wait for each other
+        torch.set_num_threads(1)  # on 8 x 8 images more threads are slower
     n = data.counts
     sizes = f"{len(data.train_y):,} training images ({n.max()} to {n.min()} per class)"
     print(f"{args.dataset}: {len(n)} classes, {sizes}, {len(data.test_y):,} test images")
@@ -1576,11 +1582,9 @@ def pick_device(name: str) -> torch.device:
     """`auto` is CUDA, else Apple's MPS, else the CPU. Raises UserError for a device that is not there."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        name = next(n for n, there in available.items() if there)
+        name = next(n for n, works in available.items() if works)
     if not available[name]:
         raise UserError(f"--device {name}: not available here; use --device auto")
-    if name == "cuda":
-        torch.backends.cudnn.benchmark = True  # batches come in few shapes: let cuDNN try its algorithms
     return torch.device(name)
 
 
@@ -1613,24 +1617,25 @@ def hardware(device: torch.device) -> str:
 
 def _git_commit(folder: Path) -> str:
     """The commit of the code that runs, with + where files differ from it; `unknown` outside a checkout."""
-    command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
+    git = ["git", "-C", str(folder)]
+    describe = [*git, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
+    options = {"capture_output": True, "text": True, "timeout": 10, "check": True}
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        top = subprocess.run([*git, "rev-parse", "--show-toplevel"], **options).stdout.strip()
+        inside_another = Path(top).resolve() != folder.resolve()  # a copy in somebody's own repository
+        return "unknown" if inside_another else subprocess.run(describe, **options).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 
 
-def write_atomically(path: Path, write, shared: bool = False) -> None:
+def write_atomically(path: Path, write) -> None:
     """write(part) fills a temporary file beside path, which is then renamed: path is whole or not there.
 
-    The temporary file has the same name each time, so that the next write removes what a kill left behind;
-    shared: a name of this process's own, for a path that another process may be writing at the same moment.
     Raises UserError where it cannot be written (a full disk). Under torchrun only rank 0 writes.
     """
     if ranks()[0]:
         return
-    own = f"{os.getpid()}." if shared else ""
-    part = path.with_name(f".{path.name}.{own}part{path.suffix}")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(part)
@@ -1646,62 +1651,54 @@ def write_atomically(path: Path, write, shared: bool = False) -> None:
 
 def to_json(content, **layout) -> str:
     """Strict JSON, which knows no nan and no infinity: both become null."""
-    text = json.dumps(content, **layout)
+    text = json.dumps(content, default=str)
     return json.dumps(json.loads(text, parse_constant=lambda _: None), **layout)
 
 
-def from_json(text: str, null=math.nan) -> dict:
-    """What to_json wrote of a dict, with nan for null. Raises ValueError for anything else."""
+def from_json(text: str):
+    """What to_json wrote, with nan for null. Raises ValueError for what is no JSON."""
 
     def read(value):
         if isinstance(value, dict):
             return {key: read(v) for key, v in value.items()}
         if isinstance(value, list):
             return [read(v) for v in value]
-        return null if value is None else value
+        return math.nan if value is None else value
 
-    content = read(json.loads(text))
-    if not isinstance(content, dict):
-        raise ValueError("no JSON object")
-    return content
-
-
-def _epochs_from_json(text: str) -> list[dict]:
-    lines = [from_json(line) for line in text.splitlines()]
-    if [line.get("epoch") for line in lines] != list(range(1, len(lines) + 1)):
-        raise ValueError("its epochs are not 1, 2, 3, ...")
-    return lines
+    return read(json.loads(text))
 
 
 class Run:
     """One run folder, OUT/SCRIPT/DATASET/METHOD/seedS: what was run, how it went, and where to go on.
 
         config.json     flags, data, commit, versions, hardware   source.py       the script as it was run
-        metrics.jsonl   one line per epoch                        result.json     the end; there when finished
-        checkpoint.pt   tensors, numbers, generator states        features.npz    what nc_metrics.py reads
+        metrics.jsonl   one line per epoch                        result.json     its presence marks the run
+        checkpoint.pt   tensors, numbers, generator states                        as finished
+        features.npz    what nc_metrics.py reads
 
     Run(folder) reads what is there: `config`, `history` (the lines), `finished` (the result, or None). To
-    train, take `open_run`. Raises UserError for a damaged file.
+    train, take `runs`. Raises UserError for a file that cannot be read.
     """
 
     FILES = ("result.json", "checkpoint.pt", "metrics.jsonl", "features.npz", "source.py", "config.json")
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
-        self.config = self._read("config.json", lambda text: from_json(text, null=None))  # flags not given
+        self.name = self.folder.parent.name
+        self.config = self._read("config.json", json.loads)  # a flag that was not given stays None
         self.finished = self._read("result.json", from_json)
-        self.name = self.finished.get("method") if self.finished else None
-        self.history = self._read("metrics.jsonl", _epochs_from_json) or []
+        lines = self._read("metrics.jsonl", lambda text: [from_json(line) for line in text.splitlines()])
+        self.history = lines or []
 
-    def _read(self, name: str, parse):
-        path = self.folder / name
+    def _read(self, file: str, parse):
+        path = self.folder / file
         try:
             return parse(path.read_text()) if path.exists() else None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: not readable ({error}); --overwrite it, or another --out") from None
+        except (OSError, ValueError):
+            raise self._unreadable(path) from None
 
-    def _write(self, name: str, write) -> None:
-        write_atomically(self.folder / name, write)
+    def _unreadable(self, path: Path) -> UserError:
+        return UserError(f"{path}: cannot be read; --overwrite the run, or choose another --out")
 
     @property
     def fused(self) -> bool | None:
@@ -1734,7 +1731,7 @@ class Run:
 
         parts: what changes in training and is needed to go on: modules, optimisers, generators, tensors,
         anything with state_dict and load_state_dict. They are restored before the first epoch. Raises
-        UserError for a loss that is not finite.
+        UserError for a loss or a weight that is not finite.
         """
         first = self._restore(parts)
         self.total = total
@@ -1745,11 +1742,11 @@ class Run:
             self.losses = []
             self.line = {}
             yield epoch
-            line = {"epoch": epoch + 1, "loss": self._mean_loss(epoch), **self.line}
+            line = {"epoch": epoch + 1, "loss": self._mean_loss(epoch, parts), **self.line}
             line["seconds"] = time.perf_counter() - began
             self.history.append(line)
             text = "".join(to_json(entry) + "\n" for entry in self.history)
-            self._write("metrics.jsonl", lambda part, text=text: part.write_text(text))
+            write_atomically(self.folder / "metrics.jsonl", lambda part, text=text: part.write_text(text))
             self._save(epoch + 1, parts)
             bar.set_postfix({key: f"{line[key]:.3f}" for key in ("loss", "accuracy") if key in line})
             minutes = line["seconds"] * (total - first - 1) / 60
@@ -1769,17 +1766,21 @@ class Run:
         """Add numbers to this epoch's line of metrics.jsonl."""
         self.line |= numbers
 
-    def _mean_loss(self, epoch: int) -> float:
+    def _mean_loss(self, epoch: int, parts: dict) -> float:
         losses = torch.stack(self.losses)
         if ranks()[1] > 1:
             dist.all_reduce(losses)
             losses /= ranks()[1]
+        wrong = ""
         if not losses.isfinite().all():
-            step = int((~losses.isfinite()).nonzero()[0]) + 1
+            wrong = f"the loss is not finite in epoch {epoch + 1}, step {int((~losses.isfinite()).nonzero()[0]) + 1}"
+        modules = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
+        if not all(value.isfinite().all() for part in modules for value in part.state_dict().values()):
+            wrong = wrong or f"after epoch {epoch + 1} a weight is not finite"
+        if wrong:
             kept = f"epoch {epoch}, {self.folder / 'checkpoint.pt'}" if epoch else "none"
             raise UserError(
-                f"{self.title}: the loss is not finite in epoch {epoch + 1}, step {step}; lower --lr and "
-                f"--overwrite. Last good checkpoint: {kept}"
+                f"{self.title}: {wrong}; lower --lr and --overwrite. Last good checkpoint: {kept}"
             )
         return float(losses.mean())
 
@@ -1791,32 +1792,37 @@ class Run:
             return 0
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)  # tensors and numbers, no code
-            epoch = state["epoch"]
             torch.set_rng_state(state["rng"])  # dropout draws from torch's own generator
             for name, part in parts.items():
                 if isinstance(part, Tensor):
                     part.copy_(state[name])
+                elif isinstance(part, torch.Generator):
+                    part.set_state(state[name])
                 else:
-                    load = "set_state" if isinstance(part, torch.Generator) else "load_state_dict"
-                    getattr(part, load)(state[name])
-        except Exception as error:  # torch raises many kinds for a damaged file; to the user they are one
-            reason = type(error).__name__
-            raise UserError(f"{path}: not a readable checkpoint ({reason}); --overwrite it") from None
-        self.history = self.history[:epoch]
-        print(f"{self.title}: goes on after epoch {epoch}")
-        return epoch
+                    part.load_state_dict(state[name])
+        except Exception:  # torch raises many kinds for a damaged file; to the user they are one
+            raise self._unreadable(path) from None
+        self.history = self.history[: state["epoch"]]
+        print(f"{self.title}: goes on after epoch {state['epoch']}")
+        return state["epoch"]
 
     def _save(self, epoch: int, parts: dict) -> None:
         state = {"epoch": epoch, "rng": torch.get_rng_state()}
         for name, part in parts.items():
             get = "get_state" if isinstance(part, torch.Generator) else "state_dict"
             state[name] = part if isinstance(part, Tensor) else getattr(part, get)()
-        self._write("checkpoint.pt", lambda part: torch.save(state, part))
+        write_atomically(self.folder / "checkpoint.pt", lambda part: torch.save(state, part))
 
     def save_features(self, **arrays: Tensor) -> None:
-        """features.npz: train_h (N, d), train_y, test_h, test_y, W (K, d), as numpy arrays."""
+        """features.npz: train_h (N, d), train_y, test_h, test_y, W (K, d), as numpy arrays.
+
+        Raises UserError for a value that is not finite: the last steps have destroyed the network.
+        """
+        wrong = [name for name, values in arrays.items() if name != "energy" and not values.isfinite().all()]
+        if wrong:
+            raise UserError(f"{self.title}: {wrong[0]} is not finite after training; lower --lr, --overwrite")
         as_numpy = {name: value.detach().cpu().numpy() for name, value in arrays.items()}
-        self._write("features.npz", lambda part: np.savez(part, **as_numpy))
+        write_atomically(self.folder / "features.npz", lambda part: np.savez(part, **as_numpy))
 
     def load_features(self) -> dict[str, np.ndarray]:
         """What save_features wrote. Raises UserError where the file is missing or damaged."""
@@ -1824,128 +1830,194 @@ class Run:
         try:
             with np.load(path, allow_pickle=False) as file:
                 return dict(file)
-        except Exception as error:  # zip, zlib and the header's parser raise many kinds
-            reason = getattr(error, "strerror", None) or type(error).__name__
-            raise UserError(f"{path}: not readable ({reason}); --overwrite the run") from None
+        except Exception:  # zip, zlib and the header's parser raise many kinds
+            raise self._unreadable(path) from None
 
-    def finish(self, measured: dict) -> dict:
-        """Write result.json, last of all: its being there means that the run is whole. Returns the result."""
+    def finish(self, measured: dict) -> None:
+        """Write result.json, last of all: its presence marks the run as finished."""
         result = {"method": self.name, "seed": self.seed, "epochs": len(self.history)}
         tested = [line["accuracy"] for line in self.history if "accuracy" in line]
         if tested:
             result["best_accuracy"] = max(tested)
         result["seconds"] = sum(line["seconds"] for line in self.history)
         result |= measured
-        with first_rank_first():
-            self._write("result.json", lambda part: part.write_text(to_json(result, indent=1)))
-            written = Run(self.folder)  # the other ranks have not tested
-        self.history = written.history
-        self.finished = written.finished
-        return self.finished
+        with first_rank_first():  # the other ranks have not tested
+            text = to_json(result, indent=1)
+            write_atomically(self.folder / "result.json", lambda part: part.write_text(text))
+            self.finished = self._read("result.json", from_json)
+
+    def other_code(self) -> str:
+        """Which file has changed since this run began: the script's name, common.py, or nothing."""
+        script = Path(__file__).with_name(f"{self.config['script']}.py")
+        if self._read("source.py", str) != script.read_text():
+            return script.name
+        return "" if self.config["common"] == _checksum(Path(__file__)) else "common.py"
 
 
-# Flags that say where or how often, not what is computed: a run may go on with other values of these.
-NOT_IN_CONFIG = {"out", "data_dir", "method", "seed", "device", "overwrite", "synthetic", "folder", "dry_run"}
-NOT_IN_CONFIG |= {"script"}
+def _checksum(path: Path) -> str:
+    return f"{zlib.crc32(path.read_bytes()):08x}"
 
 
-def open_run(args: argparse.Namespace, name: str, seed: int, data: Dataset, **flags) -> Run:
-    """The folder of one method and seed: finished, to be gone on with, or fresh. Raises UserError.
+def runs(args: argparse.Namespace, data: Dataset, jobs: dict[str, dict] | None = None) -> Iterator[Run]:
+    """Each run that is still to be trained, method by method and seed by seed: fresh, or to be gone on with.
 
-    flags: what this run's config.json says beside, or instead of, the command line. An interrupted run goes
-    on by itself, and a finished one is never redone silently; both need the flags and the data they were
-    started with. --overwrite starts anew.
+    jobs: {run name: the flags in which it differs from the others}, for a command that trains more than one
+    run per method and seed. A finished run is passed over; flags, data and code must be those it was begun
+    with. --overwrite begins anew. Until the next one is asked for, a run's folder belongs to this process.
+    Raises UserError.
     """
-    folder = args.folder / name / f"seed{seed}"
-    about = {key: value for key, value in vars(args).items() if key not in NOT_IN_CONFIG}
-    about = json.loads(to_json({**about, "method": name, "seed": seed, **flags}, default=str))
-    with first_rank_first():
-        if args.overwrite and not ranks()[0]:
-            _clear(folder)
-        run = Run(folder)
-        run.args = args
-        run.name = name
-        run.seed = seed
-        run.title = f"{name} seed {seed}"
-        run.device = args.device
-        started = run.finished or (folder / "checkpoint.pt").exists()
-        if started and run.config is None:
-            raise UserError(f"{folder}: a run without its config.json is here; --overwrite it")
-        if started:
-            _check_same(run, about, data)
+    for (name, job), seed in itertools.product((jobs or dict.fromkeys(args.method, {})).items(), args.seed):
+        folder = args.folder / name / f"seed{seed}"
+        if not Run(folder).finished or args.overwrite:
+            with _owner(folder):
+                with first_rank_first():
+                    run = _open(folder, args, name, seed, job, data)
+                if not run.finished:
+                    yield run
         else:
-            _describe(run, about, data)
-        if run.finished:
-            print(f"{run.title}: finished before; --overwrite trains it anew")
+            _open(folder, args, name, seed, job, data)
+
+
+@contextlib.contextmanager
+def _owner(folder: Path) -> Iterator[None]:
+    """Holds the run folder for this process; the lock goes when the process dies. Raises UserError."""
+    if ranks()[0]:
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder / ".lock")
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise UserError(f"{folder}: another command is at work here; wait, or choose another --out") from None
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another --out") from None
+    try:
+        for left in folder.glob(".*.part*"):  # what a kill left behind
+            left.unlink()
+        yield
+    finally:
+        lock.release()
+
+
+def _open(folder: Path, args: argparse.Namespace, name: str, seed: int, job: dict, data: Dataset) -> Run:
+    """The run in this folder: a new one, described by config.json, or the one that is there, compared."""
+    flags = {key: getattr(args, key) for key in args.compared if key not in job}
+    about = {"script": args.script, "method": name, "seed": seed, "flags": flags, "job": job}
+    about = json.loads(to_json({**about, "data": data.fingerprint}))
+    if args.overwrite and not ranks()[0]:
+        for file in Run.FILES:  # the result first: what a kill leaves behind is no finished run
+            (folder / file).unlink(missing_ok=True)
+    run = Run(folder)
+    run.args = args
+    run.seed = seed
+    run.title = f"{name} seed {seed}"
+    run.device = args.device
+    if run.finished or (folder / "checkpoint.pt").exists():
+        _check_same(run, about)
+    else:
+        _describe(run, about)
     return run
 
 
-def _clear(folder: Path) -> None:
-    # result first and config last: what a kill leaves behind is no finished run, nor an unknown one
-    try:
-        for name in Run.FILES:
-            (folder / name).unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be overwritten ({error.strerror}); choose another --out") from None
-
-
-def _check_same(run: Run, flags: dict, data: Dataset) -> None:
-    before = run.config.get("flags", {})
-    for flag in sorted((before.keys() | flags.keys()) - NOT_IN_CONFIG):
-        old = before.get(flag)
-        new = flags.get(flag)
-        if old != new:
+def _check_same(run: Run, about: dict) -> None:
+    instead = "--overwrite it, or choose another --out"
+    if run.config is None or not {"script", "data", "common"} <= run.config.keys():
+        raise UserError(f"{run.folder}: a run that this version cannot read is here; {instead}")
+    before = {**run.config["flags"], **run.config["job"]}
+    for flag, new in {**about["flags"], **about["job"]}.items():
+        if before.get(flag) != new:
             name = f"--{flag.replace('_', '-')}"
-            instead = f"give the same {name}, --overwrite it or choose another --out"
-            raise UserError(f"{run.folder}: was run with {name} {old}, not {new}; {instead}")
-    if run.config.get("data") != data.fingerprint:
-        found = f"{run.config.get('data')}, not {data.fingerprint}"
-        raise UserError(f"{run.folder}: was run on other data ({found}); --overwrite it or change --out")
+            raise UserError(f"{run.folder}: was run with {name} {before.get(flag)}, not {new}; {instead}")
+    if run.config["data"] != about["data"]:
+        found = f"{run.config['data']}, not {about['data']}"
+        raise UserError(f"{run.folder}: was run on other data ({found}); {instead}")
+    other = run.other_code()
+    if run.finished:
+        made = f", with another version of {other}" if other else ""
+        print(f"{run.title}: finished before{made}; --overwrite trains it anew")
+    elif other:
+        raise UserError(f"{run.folder}: was begun with another version of {other}; {instead}")
 
 
-def _describe(run: Run, flags: dict, data: Dataset) -> None:
+def _describe(run: Run, about: dict) -> None:
     """Write source.py and config.json, before the first epoch."""
     source = Path(__file__).resolve().with_name(f"{run.args.script}.py")
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     versions["torchvision"] = importlib.metadata.version("torchvision")  # to import it would take seconds
-    run.config = {"flags": flags, "data": data.fingerprint, "commit": _git_commit(source.parent)}
-    run.config |= {"versions": versions, "hardware": hardware(run.device)}
-    run._write("source.py", lambda part: shutil.copyfile(source, part))
-    run._write("config.json", lambda part: part.write_text(to_json(run.config, indent=1)))
+    run.config = {**about, "common": _checksum(Path(__file__)), "commit": _git_commit(source.parent)}
+    run.config |= {"versions": versions, "hardware": hardware(run.device), "threads": torch.get_num_threads()}
+    text = to_json(run.config, indent=1)
+    write_atomically(run.folder / "source.py", lambda part: shutil.copyfile(source, part))
+    write_atomically(run.folder / "config.json", lambda part: part.write_text(text))
 
 
-def finished_runs(args: argparse.Namespace, runs: list[Run], aside: tuple = ()) -> list[Run]:
-    """Every finished run of args.folder with the flags of `runs`, but for method, seed and `aside`.
+def finished_runs(args: argparse.Namespace, data: Dataset, jobs: dict[str, dict] | None = None) -> list[Run]:
+    """Every finished run of args.folder with these flags and data, of whatever method and seed.
 
-    For common figures, so that a later call with fewer methods draws no fewer curves.
+    So a later call with fewer methods draws no fewer curves. In the order of this call's methods; a run of
+    other flags, other data or other data order is not among them.
     """
-
-    def setting(run: Run) -> dict:
-        flags = run.config["flags"]
-        return {key: value for key, value in flags.items() if key not in {*NOT_IN_CONFIG, *aside}}
-
+    names = list(jobs or dict.fromkeys(args.method))
+    aside = {flag for job in (jobs or {}).values() for flag in job}
+    flags = {key: getattr(args, key) for key in args.compared if key not in aside}
+    flags = json.loads(to_json(flags))
     found = [Run(path.parent) for path in sorted(args.folder.glob("*/seed*/result.json"))]
-    settings = [setting(run) for run in runs]
-    return [run for run in found if run.config and setting(run) in settings]
+    same = [run for run in found if run.config["flags"] == flags and run.config["data"] == data.fingerprint]
+    return sorted(
+        same, key=lambda run: (names.index(run.name) if run.name in names else len(names), run.seed)
+    )
 
 
 # %% ---------------------------------------------------------------------------------------------- Figures
-# Colours of Okabe and Ito (2008), which the colour-blind can tell apart; the pale ones come last.
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00", "#F0E442"]
+# Colours of Okabe and Ito (2008), which the colour-blind can tell apart.
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"]
+MARKERS = "os^DvPX<>*"
+STYLES = {  # method: its colour and marker, the same in every figure
+    "ce": "0o",
+    "learnable": "0o",
+    "none": "0o",
+    "euclidean": "0o",
+    "mixup": "1s",
+    "ce+mixup": "1s",
+    "learnable + mask": "1s",
+    "ce+norm": "1v",
+    "hug-fixed": "4D",
+    "bmls+ms": "2^",
+    "etf+dr": "6D",
+    "hug-mhe": "3P",
+    "fno": "2^",
+    "sphere": "2^",
+    "cosine": "3D",
+    "cb": "3v",
+    "cb-mixup": "4P",
+    "bmls": "5X",
+    "cb+ms": "7<",
+    "balanced-softmax": "6>",
+    "remix": "5*",
+    "etf+ce": "4P",
+    "etf+dr+mixup": "5X",
+    "hug-mhs": "4X",
+    "hug-mgd": "5<",
+    "fno + mask": "6D",
+}
 
 
 def styles(names) -> dict[str, dict]:
-    """Colour and marker of each name: {name: {"color": ..., "marker": ...}}. No two of 72 names are alike."""
-    markers = "os^DvPX<>"
-    return {
-        name: {"color": COLOURS[i % len(COLOURS)], "marker": markers[i % len(markers)]}
-        for i, name in enumerate(names)
-    }
+    """Colour and marker of each name: {name: {"color": ..., "marker": ...}}.
+
+    A method has those of STYLES in every figure; another name has those of its place.
+    """
+    found = {}
+    for i, name in enumerate(names):
+        colour, marker = STYLES.get(name, f"{i % len(COLOURS)}{MARKERS[i % len(MARKERS)]}")
+        found[name] = {"color": COLOURS[int(colour)], "marker": marker}
+    return found
 
 
 def save_figure(path: Path, figure) -> None:
-    """Write a matplotlib Figure as PNG, 200 dots per inch. Several processes may draw the same one."""
-    write_atomically(Path(path), lambda part: figure.savefig(part, dpi=200), shared=True)
+    """Write a matplotlib Figure as PNG, 200 dots per inch."""
+    write_atomically(Path(path), lambda part: figure.savefig(part, dpi=200))
 
 
 def curves(path: Path, points: dict[str, tuple], style: dict[str, dict], **axes) -> None:
@@ -1976,7 +2048,7 @@ def bars(path: Path, found: dict[str, dict[str, list[float]]], style: dict[str, 
         std = [np.std(values, ddof=1) if len(values) > 1 else 0 for values in of_group.values()]
         plot.bar(x, mean, width, yerr=std, ecolor="0.5", color=style[name]["color"], label=name)
     plot.set(**axes)
-    plot.set_xticks(range(len(groups)), groups, rotation=20, ha="right")
+    plot.set_xticks(range(len(groups)), groups)
     figure.legend(loc="outside right upper", frameon=False)
     save_figure(path, figure)
 
@@ -1994,7 +2066,8 @@ def heat_maps(path: Path, maps: dict[str, np.ndarray], *, label: str, limits: tu
         plot.axis("off")
     for plot, (name, values) in zip(grid.flat, maps.items(), strict=False):
         image = plot.imshow(values, cmap=colours, interpolation="nearest", vmin=limits[0], vmax=limits[1])
-        plot.set(title=name, **axes)
+        plot.set(**axes)
+        plot.set_title(name, parse_math=False)  # a class name may hold a $
     figure.colorbar(image, ax=grid, label=label)
     save_figure(path, figure)
 
@@ -2021,6 +2094,65 @@ def table(header: list[str], rows: list[list]) -> str:
     return "\n".join(lines)
 
 
+UNITS = {"%": (1, 100), "°": (1, 1), "": (2, 1)}  # unit: digits after the point, factor
+
+
+def print_table(found: list[Run], columns: dict[str, tuple[str, str, str]], about: dict[str, str]) -> None:
+    """A row per run name, mean ± std over its seeds; below it what the columns and the rows mean.
+
+    columns: {entry of result.json: (title, unit, meaning)}; a dot leads into a dict, `heads.own`. An entry
+    that no run has is left out. about: {run name: what it is}.
+    """
+
+    def entry(run: Run, key: str):
+        value = run.finished
+        for part in key.split("."):
+            value = value.get(part, {})
+        return value
+
+    by_name = {}
+    for run in found:
+        by_name.setdefault(run.name, []).append(run)
+    columns = {key: column for key, column in columns.items() if any(entry(run, key) != {} for run in found)}
+    rows = []
+    for name, group in by_name.items():
+        row = [f"{name} *" if any(run.other_code() for run in group) else name, len(group)]
+        for key, (_, unit, _) in columns.items():
+            digits, factor = UNITS[unit]
+            row.append(mean_std([entry(run, key) or 0.0 for run in group], digits, factor))
+        rows.append(row)
+    text = "\n" + table(["method", "seeds", *(title for title, _, _ in columns.values())], rows)
+    meanings = [
+        f"{title}: {unit} {meaning}".replace(":  ", ": ") for title, unit, meaning in columns.values()
+    ]
+    text = "\n".join([text, *meanings, *(f"{name}: {about[name]}" for name in by_name if name in about)])
+    if any(row[0].endswith(" *") for row in rows):
+        text += "\n*: made with another version of the script or of common.py"
+    if "±" not in text.encode(sys.stdout.encoding or "utf-8", "ignore").decode(
+        sys.stdout.encoding or "utf-8"
+    ):
+        text = text.replace("±", "+-")
+    print(text)
+
+
+@contextlib.contextmanager
+def own_torch_settings() -> Iterator[None]:
+    """Above a script's main: float32 by default inside, and the process's settings as before afterwards."""
+    threads = torch.get_num_threads()
+    dtype = torch.get_default_dtype()
+    benchmark = torch.backends.cudnn.benchmark
+    state = torch.get_rng_state()
+    torch.set_default_dtype(torch.float32)
+    torch.backends.cudnn.benchmark = True  # batches come in few shapes: let cuDNN try its algorithms
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(dtype)
+        torch.backends.cudnn.benchmark = benchmark
+        torch.set_rng_state(state)
+
+
 def command_line(main) -> None:
     """Run main() and exit: 0, 1 after a failed claim, 2 after bad input (one line), 130 after Ctrl-C.
 
@@ -2031,12 +2163,13 @@ def command_line(main) -> None:
         return
     if ranks()[0]:
         sys.stdout = open(os.devnull, "w")  # only rank 0 prints
-    script = Path(sys.argv[0]).name
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a class name may not exist in the terminal's encoding
     try:
         result = main()
     except UserError as error:
         time.sleep(5 if ranks()[0] else 0)  # a rank that is still alive then has failed alone, so it reports
-        print(f"{script}: error: {error}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         without = " without --overwrite" if "--overwrite" in sys.argv else ""
