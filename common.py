@@ -1773,7 +1773,8 @@ class Run:
             losses /= ranks()[1]
         wrong = ""
         if not losses.isfinite().all():
-            wrong = f"the loss is not finite in epoch {epoch + 1}, step {int((~losses.isfinite()).nonzero()[0]) + 1}"
+            step = int((~losses.isfinite()).nonzero()[0]) + 1
+            wrong = f"the loss is not finite in epoch {epoch + 1}, step {step}"
         modules = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
         if not all(value.isfinite().all() for part in modules for value in part.state_dict().values()):
             wrong = wrong or f"after epoch {epoch + 1} a weight is not finite"
@@ -1866,7 +1867,8 @@ def runs(args: argparse.Namespace, data: Dataset, jobs: dict[str, dict] | None =
     with. --overwrite begins anew. Until the next one is asked for, a run's folder belongs to this process.
     Raises UserError.
     """
-    for (name, job), seed in itertools.product((jobs or dict.fromkeys(args.method, {})).items(), args.seed):
+    jobs = jobs or {name: {} for name in args.method}
+    for (name, job), seed in itertools.product(jobs.items(), args.seed):
         folder = args.folder / name / f"seed{seed}"
         if not Run(folder).finished or args.overwrite:
             with _owner(folder):
@@ -1964,42 +1966,29 @@ def finished_runs(args: argparse.Namespace, data: Dataset, jobs: dict[str, dict]
     flags = json.loads(to_json(flags))
     found = [Run(path.parent) for path in sorted(args.folder.glob("*/seed*/result.json"))]
     same = [run for run in found if run.config["flags"] == flags and run.config["data"] == data.fingerprint]
-    return sorted(
-        same, key=lambda run: (names.index(run.name) if run.name in names else len(names), run.seed)
-    )
+    names += sorted({run.name for run in same} - set(names))
+    return sorted(same, key=lambda run: (names.index(run.name), run.config["seed"]))
 
 
 # %% ---------------------------------------------------------------------------------------------- Figures
 # Colours of Okabe and Ito (2008), which the colour-blind can tell apart.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"]
-MARKERS = "os^DvPX<>*"
+MARKERS = "os^DPXv<>*"
 STYLES = {  # method: its colour and marker, the same in every figure
-    "ce": "0o",
-    "learnable": "0o",
-    "none": "0o",
-    "euclidean": "0o",
-    "mixup": "1s",
-    "ce+mixup": "1s",
-    "learnable + mask": "1s",
-    "ce+norm": "1v",
-    "hug-fixed": "4D",
-    "bmls+ms": "2^",
-    "etf+dr": "6D",
-    "hug-mhe": "3P",
-    "fno": "2^",
-    "sphere": "2^",
-    "cosine": "3D",
-    "cb": "3v",
-    "cb-mixup": "4P",
-    "bmls": "5X",
-    "cb+ms": "7<",
-    "balanced-softmax": "6>",
-    "remix": "5*",
-    "etf+ce": "4P",
-    "etf+dr+mixup": "5X",
-    "hug-mhs": "4X",
-    "hug-mgd": "5<",
-    "fno + mask": "6D",
+    name: style
+    for style, names in {
+        "0o": "ce learnable none euclidean",
+        "1s": "mixup ce+mixup",
+        "2^": "bmls+ms fno sphere",
+        "3D": "hug-mhe cosine etf+dr+mixup",
+        "4P": "cb-mixup etf+ce hug-fixed",
+        "5X": "bmls hug-mhs",
+        "6v": "etf+dr balanced-softmax hug-mgd",
+        "7<": "cb+ms ce+norm",
+        "3>": "cb",
+        "4*": "remix",
+    }.items()
+    for name in names.split()
 }
 
 
@@ -2122,15 +2111,13 @@ def print_table(found: list[Run], columns: dict[str, tuple[str, str, str]], abou
             row.append(mean_std([entry(run, key) or 0.0 for run in group], digits, factor))
         rows.append(row)
     text = "\n" + table(["method", "seeds", *(title for title, _, _ in columns.values())], rows)
-    meanings = [
-        f"{title}: {unit} {meaning}".replace(":  ", ": ") for title, unit, meaning in columns.values()
-    ]
-    text = "\n".join([text, *meanings, *(f"{name}: {about[name]}" for name in by_name if name in about)])
+    text += "".join(f"\n{title}: {unit} {meaning}" for title, unit, meaning in columns.values())
+    text += "".join(f"\n{name}: {about[name]}" for name in by_name if name in about)
     if any(row[0].endswith(" *") for row in rows):
         text += "\n*: made with another version of the script or of common.py"
-    if "±" not in text.encode(sys.stdout.encoding or "utf-8", "ignore").decode(
-        sys.stdout.encoding or "utf-8"
-    ):
+    try:
+        "±".encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
         text = text.replace("±", "+-")
     print(text)
 
