@@ -1452,7 +1452,10 @@ def at_least(least: int):
 
 def a_path(text: str) -> Path:
     """argparse type: a path, with ~ for the home folder."""
-    return Path(os.path.expanduser(text))
+    path = os.path.expanduser(text)
+    if path.startswith("~"):
+        raise argparse.ArgumentTypeError(f"{text}: there is no such user")
+    return Path(path)
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -1518,13 +1521,7 @@ class Flags(argparse.ArgumentParser):
         add("--image-size", type=at_least(1), default=32, help="folder: pixels")
         add("--test-share", type=fraction, default=0.0, help="folder without train/, test/: to test on")
         add("--method", nargs="+", choices=names, metavar="M", help="one or more, or all; see below")
-        add(
-            "--seed",
-            type=at_least(0),
-            nargs="+",
-            default=[0],
-            help="one or more; of weights, order and crops",
-        )
+        add("--seed", type=at_least(0), nargs="+", default=[0], help="one or more; of weights and crops")
         add("--epochs", type=at_least(1), help="passes over the training images")
         add("--batch-size", type=at_least(2), help="images per step")
         add("--lr", type=positive, help="peak learning rate")
@@ -1843,7 +1840,7 @@ def _take(folder: Path) -> filelock.FileLock:
 
 
 def _open(folder: Path, args: argparse.Namespace, seed: int, job: dict, data: Dataset) -> Run:
-    """The run in this folder: the one that is there, compared, or a new one with config.json and source.py."""
+    """The run in this folder: the one that is there, compared, or a new one with its config.json."""
     if args.overwrite and not ranks()[0]:
         for file in Run.FILES:  # the result first: what a kill leaves behind is no finished run
             (folder / file).unlink(missing_ok=True)
@@ -1876,8 +1873,8 @@ def _check_same(run: Run, about: dict) -> None:
     before = {**run.config["flags"], **run.config["job"], "data": run.config["data"]}
     for flag, new in {**about["flags"], **about["job"], "data": about["data"]}.items():
         if before.get(flag) != new:
-            flag = flag if flag == "data" else f"--{flag.replace('_', '-')}"
-            raise UserError(f"{run.folder}: was run with {flag} {before.get(flag)}, not {new}; {instead}")
+            name = flag if flag == "data" else f"--{flag.replace('_', '-')}"
+            raise UserError(f"{run.folder}: was run with {name} {before.get(flag)}, not {new}; {instead}")
     other = run.other_code()
     if other and not run.finished:
         raise UserError(f"{run.folder}: was begun with another version of {other}; {instead}")
@@ -1894,10 +1891,11 @@ def finished_runs(args: argparse.Namespace, data: Dataset, jobs: dict[str, dict]
     names = list(jobs or args.method)
     differ = {flag for job in (jobs or {}).values() for flag in job}
     flags = json.loads(to_json({key: getattr(args, key) for key in args.compared if key not in differ}))
-    runs_here = [Run(path.parent) for path in sorted(args.folder.glob("*/seed*/result.json"))]
-    same = [
-        run for run in runs_here if (run.config["flags"], run.config["data"]) == (flags, data.fingerprint)
-    ]
+    same = []
+    for path in sorted(args.folder.glob("*/seed*/result.json")):
+        run = Run(path.parent)
+        if run.config["flags"] == flags and run.config["data"] == data.fingerprint:
+            same.append(run)
     names += sorted({run.name for run in same} - set(names))
     return sorted(same, key=lambda run: (names.index(run.name), run.config["seed"]))
 
