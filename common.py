@@ -16,6 +16,7 @@ h features (row vectors), W class vectors (K, d), M class means (K, d).
 import argparse
 import contextlib
 import datetime
+import functools
 import importlib.metadata
 import itertools
 import json
@@ -23,14 +24,11 @@ import math
 import os
 import platform
 import re
-import signal
 import subprocess
 import sys
 import time
 import zlib
-from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,36 +47,23 @@ class UserError(Exception):
 
 # %% ------------------------------------------------------------------------------------------------- Data
 
-
-class Spec(NamedTuple):
-    """What is known of a data set before it is read; pad and flip are its usual augmentation."""
-
-    classes: int
-    shape: tuple[int, int, int]  # (H, W, C)
-    pad: int  # pixels of zero padding for the random crop
-    flip: bool  # mirror left-right? A mirrored digit is no digit any more
-
-
-SPECS = {
-    "digits": Spec(10, (8, 8, 1), 1, False),
-    "mnist": Spec(10, (28, 28, 1), 2, False),
-    "fashionmnist": Spec(10, (28, 28, 1), 4, True),
-    "cifar10": Spec(10, (32, 32, 3), 4, True),
-    "cifar100": Spec(100, (32, 32, 3), 4, True),
-    "svhn": Spec(10, (32, 32, 3), 4, False),
-    "stl10": Spec(10, (96, 96, 3), 12, True),
+SPECS = {  # K, (H, W, C), zero padding of the random crop, mirrored left-right? (a mirrored digit is none)
+    "digits": (10, (8, 8, 1), 1, False),
+    "mnist": (10, (28, 28, 1), 2, False),
+    "fashionmnist": (10, (28, 28, 1), 4, True),
+    "cifar10": (10, (32, 32, 3), 4, True),
+    "cifar100": (100, (32, 32, 3), 4, True),
+    "svhn": (10, (32, 32, 3), 4, False),
+    "stl10": (10, (96, 96, 3), 12, True),
 }
 
 
 class Dataset(NamedTuple):
-    """A data set. Images are uint8 (N, H, W, C); labels int64 (N,); mean and std (C,) in [0, 1].
+    """A data set. Images are uint8 (N, H, W, C); labels int64 (N,); mean and std (C,) in [0, 1]."""
 
-    The images of a folder too large for memory are FolderImages, which are indexed as a tensor is.
-    """
-
-    train_x: "Tensor | FolderImages"
+    train_x: Tensor
     train_y: Tensor
-    test_x: "Tensor | FolderImages"
+    test_x: Tensor
     test_y: Tensor
     classes: tuple[str, ...]
     mean: Tensor  # of the full training split, so that a long tail does not move it
@@ -86,11 +71,22 @@ class Dataset(NamedTuple):
     pad: int
     flip: bool
     fingerprint: str  # another one where an image, a label or a class name differs
+    profile: str = ""  # of a long tail: exp or step
 
     @property
     def counts(self) -> Tensor:
         """n_k: training images of each class, (K,)."""
         return torch.bincount(self.train_y, minlength=len(self.classes))
+
+    @property
+    def groups(self) -> dict[str, Tensor]:
+        """The classes of each group: many, medium and few training images."""
+        return shot_groups(self.counts, self.profile)
+
+
+def keep(data: Dataset, index: Tensor) -> Dataset:
+    """The data with only the training images that index selects."""
+    return data._replace(train_x=data.train_x[index], train_y=data.train_y[index])
 
 
 def split_name(name: str) -> tuple[str, bool, str]:
@@ -98,153 +94,105 @@ def split_name(name: str) -> tuple[str, bool, str]:
     base, colon, path = name.partition(":")
     long_tailed = base.endswith("lt")
     base = base.removesuffix("lt")
-    if base == "folder" and path:
+    if (base == "folder" and path) or (base in SPECS and not colon):
         return base, long_tailed, os.path.expanduser(path)
-    if base in SPECS and not colon:
-        return base, long_tailed, ""
     names = ", ".join(SPECS)
     raise UserError(f"--dataset {name}: unknown; one of {names}, folder:PATH, or one with lt (cifar100lt)")
 
 
 def load_dataset(
-    name: str,
-    data_dir: str | Path = "data",
-    *,
-    imbalance: float = 100.0,
-    profile: str = "exp",
-    image_size: int = 32,
-    test_share: float = 0.0,
+    name: str, data_dir: str | Path = "data", *, imbalance=100.0, profile="exp", image_size=32, test_share=0.0
 ) -> Dataset:
-    """Data set by name; with the suffix `lt` its training split is long-tailed.
+    """Data set by name; with the suffix `lt` its training split is long-tailed. Raises UserError.
 
     name: a key of SPECS, `folder:PATH` with PATH/train/CLASS/IMAGE and PATH/test/CLASS/IMAGE, or with
     PATH/CLASS/IMAGE and a test_share. image_size (folders): the short side is resized, then the centre cut.
-    Raises UserError for an unknown name, a bad file, data that cannot be downloaded, or an empty class.
     """
     base, long_tailed, path = split_name(name)
     if base == "folder":
-        arrays = _read_folder(Path(path), image_size, test_share)
-        pad = image_size // 8
-        flip = True
+        arrays = _read_folder(Path(path).resolve(), image_size, test_share)
     elif test_share:
         raise UserError(f"--test-share {test_share:g}: {base} has test images; only a folder may need it")
     else:
         arrays = _read_named(base, Path(data_dir).expanduser())
-        pad = SPECS[base].pad
-        flip = SPECS[base].flip
+    classes = arrays["classes"]
+    checksum = zlib.crc32("\n".join(classes).encode())
+    for key in ("train_x", "train_y", "test_x", "test_y"):
+        checksum = zlib.crc32(arrays[key].numpy(), checksum)
+    sizes = f"{len(arrays['train_y'])}+{len(arrays['test_y'])} images, {len(classes)} classes"
     mean, std = _channel_statistics(arrays["train_x"])
-    data = Dataset(**arrays, mean=mean, std=std, pad=pad, flip=flip, fingerprint=_fingerprint(arrays))
-    if len(data.classes) < 2:
-        raise UserError(
-            f"--dataset {name}: its only class is {data.classes[0]}; expected two classes or more"
-        )
+    pad, flip = SPECS[base][2:] if base in SPECS else (image_size // 8, True)
+    data = Dataset(**arrays, mean=mean, std=std, pad=pad, flip=flip, fingerprint=f"{sizes}, {checksum:08x}")
+    if len(classes) < 2:
+        raise UserError(f"--dataset {name}: its only class is {classes[0]}; expected two classes or more")
     if data.counts.min() == 0:
-        empty = data.classes[data.counts.argmin()]
-        raise UserError(f"--dataset {name}: class {empty} has no training image")
+        raise UserError(f"--dataset {name}: class {classes[data.counts.argmin()]} has no training image")
     if not long_tailed:
         return data
-    keep = long_tail_subset(data.train_y, len(data.classes), imbalance, profile, by_count=base == "folder")
-    data = data._replace(train_x=data.train_x[keep], train_y=data.train_y[keep])
-    most = data.counts.max()
-    least = data.counts.min()
-    if abs(most / least / imbalance - 1) > 0.1:
-        _note(f"{name}: {most} to {least} images a class, a ratio of {most / least:.4g}, not {imbalance:g}")
+    subset = long_tail_subset(data.train_y, len(classes), imbalance, profile, by_count=base == "folder")
+    data = keep(data, subset)._replace(profile=profile)
+    n = data.counts
+    if abs(n.max() / n.min() / imbalance - 1) > 0.1:
+        ratio = f"a ratio of {n.max() / n.min():.4g}, not {imbalance:g}"
+        print(f"{name}: {n.max()} to {n.min()} images per class, {ratio}", file=sys.stderr)
     return data
 
 
-_ARRAYS = ("train_x", "train_y", "test_x", "test_y")
-
-
-def _note(text: str) -> None:
-    """One line on stderr, from one process."""
-    if ranks()[0] == 0:
-        print(text, file=sys.stderr)
-
-
-def _channel_statistics(images: "Tensor | FolderImages") -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel over all pixels, (C,) each, from counts of the 256 values.
+def _channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel over all pixels of (N, H, W, C): (C,) each, in [0, 1].
 
     (The often-copied CIFAR-10 std .2023, .1994, .2010 averages the images' own stds; over pixels it is .247.)
     """
-    counts = torch.zeros(images.shape[3], 256, dtype=torch.float64)
-    for start in range(0, len(images), 1000):  # counts are exact, so streamed images give the same bits
-        chunk = images[start : start + 1000]
-        chunk = chunk.decode() if isinstance(chunk, FolderImages) else chunk
-        for count, channel in zip(counts, chunk.unbind(3), strict=True):
-            count += torch.bincount(channel.flatten(), minlength=256)
-    share = counts / counts[0].sum()
-    values = torch.arange(256, dtype=torch.float64) / 255
-    mean = (share * values).sum(1)
-    std = (share * (values - mean[:, None]) ** 2).sum(1).sqrt()
-    return mean.float(), std.clamp_min(1e-3).float()  # a constant channel stays finite
-
-
-def _fingerprint(arrays: dict) -> str:
-    """Sizes and a checksum of all images, labels and class names; of streamed files their paths and sizes."""
-    checksum = zlib.crc32("\n".join(arrays["classes"]).encode())
-    for part in map(arrays.get, _ARRAYS):
-        if isinstance(part, FolderImages):
-            lines = (f"{file} {os.path.getsize(file)}\n" for file in part.files)
-            checksum = zlib.crc32("".join(lines).encode("utf-8", "surrogateescape"), checksum)
-        else:
-            checksum = zlib.crc32(part.numpy(), checksum)
-    sizes = f"{len(arrays['train_y'])}+{len(arrays['test_y'])} images"
-    return f"{sizes}, {len(arrays['classes'])} classes, {checksum:08x}"
+    parts = [part.flatten(0, 2) for part in images.split(100)]  # in float64, all at once takes 8 x the memory
+    pixels = images[..., 0].numel()
+    mean = sum(part.double().sum(0) for part in parts) / pixels / 255
+    square = sum(part.double().square().sum(0) for part in parts) / pixels / 255**2
+    std = (square - mean.square()).clamp_min(1e-6).sqrt()  # a constant channel's is not 0
+    return mean.float(), std.float()
 
 
 def _read_named(name: str, data_dir: Path) -> dict:
     """A named data set: embedded, from DATA_DIR/NAME.npz, or through torchvision and then kept there."""
     cache = data_dir / f"{name}.npz"
-    if name == "digits":
-        return _checked(_read_digits(), SPECS[name], name)
-    if cache.exists():
-        return _checked(_read_npz(cache), SPECS[name], str(cache))
-    found = _read_torchvision(name, data_dir)
-    arrays = _checked(found, SPECS[name], f"torchvision's {name} in {data_dir}")
-    write_atomically(cache, lambda part: np.savez(part, **found))
-    return arrays
-
-
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    """The arrays train_x, ..., classes of an npz file of ours, or of Keras, whose keys are x_train, ..."""
+    kept = cache.exists() or name == "digits"
     try:
-        with np.load(path, allow_pickle=False) as file:  # never unpickles: an object array raises ValueError
-            if "x_train" not in file:
-                return {key: file[key] for key in (*_ARRAYS, "classes")}
-            arrays = {key: file["_".join(reversed(key.split("_")))] for key in _ARRAYS}
-    except Exception as error:  # zip, zlib and the header's parser raise many kinds; all mean a damaged file
-        reason = str(error).partition("\n")[0].partition(". ")[0]  # not NumPy's tip to unpickle
-        reason = reason or type(error).__name__
-        raise UserError(f"{path}: not a readable data file ({reason}); delete it to load it anew") from None
-    for key in ("train_x", "test_x"):
-        if arrays[key].ndim == 3:  # (N, H, W)
-            arrays[key] = arrays[key][..., None]
-    return arrays | {"classes": np.array([str(k) for k in range(SPECS[path.stem].classes)])}
+        if name == "digits":
+            arrays = _read_digits()
+        elif kept:
+            arrays = dict(np.load(cache, allow_pickle=False))  # never unpickles: that could run any code
+        else:
+            arrays = _read_torchvision(name, data_dir)
+        fields = _checked(arrays, *SPECS[name][:2])
+    except Exception as error:  # the parsers of zip, npy, IDX and MATLAB files raise many kinds
+        reason = " ".join(str(error).split()) or type(error).__name__
+        where = cache if kept else f"--dataset {name}: neither {cache} nor torchvision's files"
+        remedy = "delete or replace it" if kept else "delete what is damaged, and connect to a network"
+        raise UserError(f"{where}: cannot be read ({reason}); {remedy}") from error
+    try:
+        if not kept:
+            write_atomically(cache, lambda part: np.savez(part, **arrays), shared=True)
+    except UserError as error:  # a shared folder may be read-only
+        reason = str(error).rpartition(";")[0]
+        print(f"{reason}; the images were read, but nothing is kept", file=sys.stderr)
+    return fields
 
 
-def _checked(arrays: dict[str, np.ndarray], spec: Spec, where: str) -> dict:
-    """The fields of a Dataset: tensors, and names as text. UserError for a wrong shape, type or label."""
-    K = spec.classes
-    names = arrays["classes"]
-    wrong = ""
-    if names.shape != (K,):
-        wrong = f"classes has shape {names.shape}, expected the names of {K} classes"
+def _checked(arrays: dict[str, np.ndarray], K: int, shape: tuple[int, int, int]) -> dict:
+    """The fields of a Dataset: tensors, and names as text. ValueError for a wrong shape, type or label."""
+    classes = arrays["classes"].astype(str)
+    fields = {"classes": tuple(classes.tolist())}
     for split in ("train", "test"):
         x = arrays[f"{split}_x"]
         y = arrays[f"{split}_y"]
-        if x.dtype != np.uint8 or x.shape[1:] != spec.shape or len(x) == 0:
-            expected = f"(N, {', '.join(map(str, spec.shape))}) uint8, N > 0"
-            wrong = f"{split}_x is {x.shape} {x.dtype}, expected {expected}"
-        elif y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer):
-            wrong = f"{split}_y is {y.shape} {y.dtype}, expected ({len(x)},) integers"
-        elif y.min() < 0 or y.max() >= K:
-            wrong = f"{split}_y has labels {y.min()} to {y.max()}, expected 0 to {K - 1}"
-    if wrong:
-        raise UserError(f"{where}: {wrong}; delete or replace the file")
-    images = {key: torch.from_numpy(np.ascontiguousarray(arrays[key])) for key in ("train_x", "test_x")}
-    labels = {key: torch.from_numpy(arrays[key].astype(np.int64)) for key in ("train_y", "test_y")}
-    texts = (name.decode() if isinstance(name, bytes) else str(name) for name in names)
-    return images | labels | {"classes": tuple(texts)}
+        right = (
+            x.dtype == np.uint8 and x.shape[1:] == shape and y.shape == x.shape[:1] and y.dtype.kind in "iu"
+        )
+        if not right or len(y) == 0 or y.min() < 0 or y.max() >= K or classes.shape != (K,):
+            found = f"{split}_x {x.shape} {x.dtype}, {split}_y {y.shape} {y.dtype}, classes {classes.shape}"
+            raise ValueError(f"{found}; expected (N, *{shape}) uint8, N labels from 0 to {K - 1}, {K} names")
+        fields[f"{split}_x"] = torch.from_numpy(np.ascontiguousarray(x))
+        fields[f"{split}_y"] = torch.from_numpy(y.astype(np.int64))
+    return fields
 
 
 def _read_digits() -> dict[str, np.ndarray]:
@@ -254,173 +202,112 @@ def _read_digits() -> dict[str, np.ndarray]:
 
     x, y = load_digits(return_X_y=True)
     x = np.round(x.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
-    train_x, test_x, train_y, test_y = train_test_split(x, y, test_size=360, stratify=y, random_state=0)
-    names = np.array(list("0123456789"))
-    return dict(train_x=train_x, train_y=train_y, test_x=test_x, test_y=test_y, classes=names)
+    keys = ("train_x", "test_x", "train_y", "test_y")
+    arrays = zip(keys, train_test_split(x, y, test_size=360, stratify=y, random_state=0), strict=True)
+    return dict(arrays, classes=np.arange(10))
 
 
 def _read_torchvision(name: str, data_dir: Path) -> dict[str, np.ndarray]:
-    """Through torchvision, which downloads what is missing and compares checksums.
-
-    CIFAR's official files are pickles; torchvision opens them only after their MD5 is found right.
-    """
+    """Through torchvision, which downloads what is missing and opens CIFAR's pickles after checking MD5s."""
     from torchvision import datasets
 
     kind = next(getattr(datasets, kind) for kind in datasets.__all__ if kind.lower() == name)
     by_name = name in ("svhn", "stl10")
     arrays = {}
-    try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        for split in ("train", "test"):
-            which = {"split": split} if by_name else {"train": split == "train"}
-            with contextlib.redirect_stdout(sys.stderr):  # its progress does not belong to our output
-                data = kind(data_dir, download=True, **which)
-            x = np.asarray(data.data)  # MNIST: (N, H, W); SVHN, STL-10: (N, C, H, W); CIFAR: (N, H, W, C)
-            x = x.transpose(0, 2, 3, 1) if by_name else x
-            arrays[f"{split}_x"] = x.reshape(*x.shape[:3], -1)
-            arrays[f"{split}_y"] = np.asarray(data.labels if by_name else data.targets)
-    except (OSError, RuntimeError, ValueError, AssertionError) as error:  # the last two: a truncated IDX file
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(
-            f"--dataset {name}: neither downloaded nor read whole from {data_dir} ({reason}); connect to a "
-            f"network and delete what is damaged there, or put the data at {data_dir / name}.npz"
-        ) from None
-    classes = getattr(data, "classes", None) or [str(k) for k in range(SPECS[name].classes)]
-    return arrays | {"classes": np.array(classes)}
-
-
-# Endings of files that Pillow reads by itself (.eps would start another program)
-_IMAGES = (
-    ".jpg .jpeg .jpe .jfif .png .apng .gif .bmp .dib .ppm .pgm .pbm .pnm .tif .tiff .webp .avif .jp2 .tga"
-)
-
-
-def _memory(cgroup: str = "/proc/self/cgroup", limits: str = "/sys/fs/cgroup") -> int:
-    """Bytes of memory that we may fill: the machine's, or less in a container (cgroup, version 1 or 2)."""
-    found = [2**40]
-    with contextlib.suppress(AttributeError, OSError, ValueError):  # Windows does not say
-        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    lines = Path(cgroup).read_text().splitlines() if os.path.exists(cgroup) else []
-    for line in lines:
-        _, controller, group = line.split(":", 2)
-        own = Path(limits, controller, group.lstrip("/"))
-        for folder in (own, *own.parents):  # a group's limit holds for those below it
-            for name in ("memory.max", "memory.limit_in_bytes"):  # version 2, 1
-                with contextlib.suppress(OSError, ValueError):  # not there; `max`: no limit
-                    found.append(int((folder / name).read_text()))
-    return min(found)
-
-
-# Bytes of a folder's decoded images that we hold; more than that streams from disk. ImageNet-LT at 224 pixels
-# has 25e9. A third of the memory, since the loader's padded copy takes more than as much again.
-_FOLDER_LIMIT = min(32 * 2**30, _memory() // 3)
+    data_dir.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "test"):
+        which = {"split": split} if by_name else {"train": split == "train"}
+        with contextlib.redirect_stdout(sys.stderr):  # its progress does not belong to our output
+            data = kind(data_dir, download=True, **which)
+        x = np.asarray(data.data)  # MNIST: (N, H, W); SVHN, STL-10: (N, C, H, W); CIFAR: (N, H, W, C)
+        x = x.transpose(0, 2, 3, 1) if by_name else x
+        arrays[f"{split}_x"] = x.reshape(*x.shape[:3], -1)
+        arrays[f"{split}_y"] = np.asarray(data.labels if by_name else data.targets)
+    return dict(arrays, classes=np.array(getattr(data, "classes", range(10))))  # SVHN's have no names
 
 
 def _read_folder(path: Path, size: int, test_share: float) -> dict:
-    """PATH/train/CLASS/* and PATH/test/CLASS/*, or PATH/CLASS/* split by class, cut to (size, size).
+    """The fields of a Dataset from PATH/train/CLASS/IMAGE and PATH/test, or from PATH/CLASS/IMAGE."""
+    from sklearn.model_selection import train_test_split
 
-    Decoded where all of it fits into memory, else both splits as FolderImages. Raises UserError.
-    """
-    path = path.resolve()
-    where = f"--dataset folder:{path}"
-    flat = not (path / "train").is_dir() and not (path / "test").is_dir()
-    if flat and not test_share:
-        expected = f"{path}/train/CLASS/IMAGE and {path}/test/CLASS/IMAGE"
-        raise UserError(f"{where}: expected {expected}; for {path}/CLASS/IMAGE add --test-share 0.2")
-    if test_share and not flat:
-        raise UserError(f"--test-share {test_share:g}: {path} has train/ or test/; leave the flag out")
-    left_out = Counter()
-    if flat:
-        splits = _split_by_class(_find_images(path, left_out), test_share)
-        counts = [sum(map(len, split.values())) for split in splits]
-        _note(f"folder:{path}: {counts[1]} of {sum(counts)} images, drawn from each class, are for testing")
-    else:
-        splits = [_find_images(path / split, left_out) for split in ("train", "test")]
-    if left_out:
-        kinds = ", ".join(f"{kind} ({count})" for kind, count in left_out.most_common(5))
-        _note(f"folder:{path}: {left_out.total()} files and folders left out: {kinds}")
-    classes = tuple(splits[0])
-    if odd := sorted(set(classes) ^ set(splits[1])):
-        raise UserError(f"{where}: train and test have different classes ({odd[0]} is in one only)")
-    arrays = {"classes": classes}
-    for name, split in zip(("train", "test"), splits, strict=True):
-        sizes = torch.tensor([len(files) for files in split.values()])
-        arrays[f"{name}_x"] = FolderImages(list(itertools.chain(*split.values())), size)
-        arrays[f"{name}_y"] = torch.arange(len(classes)).repeat_interleave(sizes)
-    needed = sum(math.prod(arrays[key].shape) for key in ("train_x", "test_x"))
-    if needed <= _FOLDER_LIMIT:
-        return arrays | {key: arrays[key].decode() for key in ("train_x", "test_x")}
-    _note(
-        f"folder:{path}: {needed / 2**30:.3g} GiB at --image-size {size} are too much to hold in memory; "
-        "images stream from disk, and are read once now for their mean and std"
-    )
-    return arrays
+    try:
+        if (test_share > 0) == any((path / split).is_dir() for split in ("train", "test")):
+            raise ValueError(f"--test-share is {test_share:g}")
+        if test_share:
+            x, y, classes = _read_images(path, size)
+            train, test = train_test_split(range(len(y)), test_size=test_share, stratify=y, random_state=0)
+            return dict(train_x=x[train], train_y=y[train], test_x=x[test], test_y=y[test], classes=classes)
+        x, y, classes = _read_images(path / "train", size)
+        test_x, test_y, test_classes = _read_images(path / "test", size)
+        if odd := set(classes) ^ set(test_classes):
+            raise ValueError(f"train and test have different classes, one has {min(odd)}")
+        return dict(train_x=x, train_y=y, test_x=test_x, test_y=test_y, classes=classes)
+    except (OSError, ValueError) as error:  # no such folder, a class without an image, too few to split
+        reason = " ".join(str(error).split())
+        layout = "PATH/train/CLASS/IMAGE and PATH/test/CLASS/IMAGE, or PATH/CLASS/IMAGE with --test-share 0.2"
+        raise UserError(f"--dataset folder:{path}: {reason}; expected {layout}") from error
 
 
-def _find_images(root: Path, left_out: Counter) -> dict[str, list[str]]:
-    """The image files below root/CLASS by class, sorted; left_out counts what else is there, by kind.
+def _read_images(root: Path, size: int) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    """Images uint8 (N, size, size, 3), labels (N,) and classes of root/CLASS/IMAGE, hidden ones left out."""
+    from torchvision.datasets import ImageFolder
 
-    Hidden files and folders are left out, and links to a folder that we came through. Raises UserError.
-    """
-    found = {}
-    for where, folders, names in os.walk(root, followlinks=True):
-        here = Path(where)
-        above = {os.path.realpath(folder) for folder in (here, *here.parents)}
-        for folder in sorted(folders):
-            if folder.startswith(".") or os.path.realpath(here / folder) in above:
-                folders.remove(folder)
-                left_out[f"{folder}/"] += 1
-            elif here == root:
-                found[folder] = []
-        for name in names:
-            known = name.lower().endswith(tuple(_IMAGES.split())) and not name.startswith(".")
-            if known and here != root:
-                found[here.relative_to(root).parts[0]].append((where, name))
-            else:
-                left_out[os.path.splitext(name)[1] or name] += 1
-    empty = [name for name, files in found.items() if not files]
-    if empty or not found:
-        what = f"no image in class {empty[0]}" if empty else "no class"
-        raise UserError(f"--dataset folder:{root}: {what}; expected {root}/CLASS/IMAGE")
-    return {name: [os.path.join(*file) for file in sorted(found[name])] for name in sorted(found)}
+    def visible(file: str) -> bool:
+        return f"{os.sep}." not in file.removeprefix(str(root))
+
+    names = sorted(item.name for item in root.iterdir() if item.is_dir() and item.name[0] != ".")
+    label = {name: k for k, name in enumerate(names)}
+    files, y = zip(*ImageFolder.make_dataset(root, label, is_valid_file=visible), strict=True)
+    needed = len(files) * size * size * 3
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**35
+    if needed > memory / 4:  # the loader's padded copy takes more than as much again
+        sizes = f"{needed / 2**30:.3g} GiB at --image-size {size}, of {memory / 2**30:.3g} GiB"
+        raise UserError(f"--dataset folder:{root}: too large for memory ({sizes}); lower --image-size")
+    images = torch.empty(len(files), size, size, 3, dtype=torch.uint8)
+    read = functools.partial(_read_image, size=size)
+    workers = min(8, torch.get_num_threads(), len(files) // 1000)
+    own = torch.Generator()  # else it draws from torch's own
+    reader = iter(DataLoader(files, batch_size=None, collate_fn=read, num_workers=workers, generator=own))
+    for i, file in enumerate(tqdm(files, "reading images", leave=False, disable=None)):
+        try:
+            images[i] = next(reader)
+        except Exception as error:  # of many kinds; a worker's text has its traceback before it
+            reason = str(error).strip().rpartition("\n")[2]
+            raise UserError(f"{file}: not a readable image ({reason}); replace or remove it") from error
+    classes = tuple(os.fsencode(name).decode(errors="replace") for name in names)  # printable
+    return images, torch.tensor(y), classes
 
 
-def _split_by_class(found: dict[str, list[str]], test_share: float) -> list[dict[str, list[str]]]:
-    """Training and test files of each class, drawn once and for all; one image stays for each of the two."""
-    generator = torch.Generator().manual_seed(0)
-    train = {}
-    test = {}
-    for name, files in found.items():
-        drawn = [files[i] for i in torch.randperm(len(files), generator=generator).tolist()]
-        if len(drawn) < 2:
-            raise UserError(f"--test-share {test_share:g}: class {name} has one image; expected two or more")
-        n = min(max(round(test_share * len(drawn)), 1), len(drawn) - 1)
-        train[name] = sorted(drawn[n:])
-        test[name] = sorted(drawn[:n])
-    return [train, test]
+def _read_image(file: str, size: int) -> Tensor:
+    """A file's pixels, uint8 (size, size, 3): short side resized, centre cut, white where transparent."""
+    from PIL import Image
+    from torchvision.transforms import functional as TF
+
+    with Image.open(file) as image:
+        if image.mode[0] in "IF" or ";16" in str(image.tile):  # tile: how the file holds its pixels
+            raise ValueError("more than 8 bits per value; convert it to 8 bits")
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        image = TF.center_crop(TF.resize(image.convert("RGB"), size), size)
+    return TF.pil_to_tensor(image).permute(1, 2, 0)
 
 
 def long_tail_counts(K: int, n_max: float, imbalance: float, profile: str = "exp") -> list[int]:
-    """Images per class, head first, n_max / n_min = imbalance.
+    """Images per class, head first, n_max / n_min = imbalance. Raises UserError for an imbalance below 1.
 
     exp:  n_k = int(n_max * (1/IF)^(k/(K-1))), the convention of the published tables (Cui et al. 2019);
     step: the first half of the classes keeps n_max, the others get n_max / IF (Buda et al. 2018).
-    Raises UserError for an imbalance below 1 or an unknown profile.
     """
     if not 1 <= imbalance < float("inf"):
         raise UserError(f"--imbalance {imbalance:g}: expected largest over smallest class, 1 or more")
-    if profile == "exp":
-        counts = [int(n_max * (1 / imbalance) ** (k / max(K - 1, 1))) for k in range(K)]
-    elif profile == "step":
-        counts = [int(n_max) if k < K - K // 2 else int(n_max / imbalance) for k in range(K)]
-    else:
-        raise UserError(f"--profile {profile}: expected exp or step")
-    return [max(n, 1) for n in counts]  # no class is left empty
+    counts = {
+        "exp": [int(n_max * (1 / imbalance) ** (k / max(K - 1, 1))) for k in range(K)],
+        "step": [int(n_max) if k < K - K // 2 else int(n_max / imbalance) for k in range(K)],
+    }
+    return [max(n, 1) for n in counts[profile]]  # no class is left empty
 
 
-def long_tail_subset(
-    y: Tensor, K: int, imbalance: float, profile: str = "exp", by_count: bool = True
-) -> Tensor:
+def long_tail_subset(y: Tensor, K: int, imbalance: float, profile="exp", by_count: bool = True) -> Tensor:
     """Indices of a long-tailed subset of labels y (N,), class by class in label order; always the same ones.
 
     The head is the largest class, or with by_count=False class 0, as in the published tables. n_max is N / K;
@@ -451,8 +338,7 @@ def cut_for_dry_run(data: Dataset, batch_size: int) -> Dataset:
     n = 2 * batch_size // len(data.classes)
     train = keep_per_class(data.train_y, n)
     test = keep_per_class(data.test_y, n)
-    data = data._replace(train_x=data.train_x[train], train_y=data.train_y[train])
-    return data._replace(test_x=data.test_x[test], test_y=data.test_y[test])
+    return keep(data, train)._replace(test_x=data.test_x[test], test_y=data.test_y[test])
 
 
 SUPERCLASSES = {  # CIFAR-100's twenty, of five classes each
@@ -482,30 +368,22 @@ SUPERCLASSES = {  # CIFAR-100's twenty, of five classes each
 def coarse_labels(classes: tuple[str, ...], grouping: str) -> tuple[Tensor, tuple[str, ...]]:
     """The coarse label of each of K classes, (K,), and the coarse classes' names; coarse_labels(...)[0][y].
 
-    pairs:         class k with class k + K/2, so that coarse = k mod K/2; on CIFAR-10 airplane and dog, ...
-    superclasses:  the twenty of CIFAR-100, found by the classes' names
-    Raises UserError for an odd K, and for superclasses of anything else than CIFAR-100's classes.
+    pairs: class k with class k + K/2, on CIFAR-10 airplane and dog, ...; superclasses: CIFAR-100's twenty.
+    Raises UserError where the classes do not allow it.
     """
     K = len(classes)
-    if grouping == "pairs":
-        if K % 2 or K < 4:
-            raise UserError(f"--coarse pairs: {K} classes; expected an even number of them, 4 or more")
-        names = tuple(f"{a}+{b}" for a, b in zip(classes[: K // 2], classes[K // 2 :], strict=True))
-        return torch.arange(K) % (K // 2), names
-    if grouping != "superclasses":
-        raise UserError(f"--coarse {grouping}: expected pairs or superclasses")
+    if grouping == "pairs" and K % 2 == 0 and K >= 4:
+        names = (f"{a}+{b}" for a, b in zip(classes[: K // 2], classes[K // 2 :], strict=True))
+        return torch.arange(K) % (K // 2), tuple(names)
     coarse = {name: i for i, members in enumerate(SUPERCLASSES.values()) for name in members.split()}
-    if set(classes) != set(coarse):
-        raise UserError("--coarse superclasses: only CIFAR-100 has them; use --coarse pairs")
-    return torch.tensor([coarse[name] for name in classes]), tuple(SUPERCLASSES)
+    if grouping == "superclasses" and set(classes) == set(coarse):
+        return torch.tensor([coarse[name] for name in classes]), tuple(SUPERCLASSES)
+    expected = "pairs (an even number of them, 4 or more) or superclasses (only CIFAR-100 has them)"
+    raise UserError(f"--coarse {grouping}: {K} classes; expected {expected}")
 
 
 def split_tasks(K: int, tasks: int) -> Tensor:
-    """Which task of a class-incremental stream each class comes in: (K,) int64, values 0 to tasks - 1.
-
-    Classes in label order are cut into consecutive tasks, whose sizes differ by at most one class; the images
-    of task t are those with task[y] == t. Raises UserError unless every task gets a class.
-    """
+    """The task in which each of K classes comes, in label order: (K,) int64. Sizes differ by one at most."""
     if not 1 <= tasks <= K:
         raise UserError(f"--tasks {tasks}: expected 1 to {K}, the number of classes")
     sizes = torch.tensor([len(classes) for classes in torch.arange(K).tensor_split(tasks)])
@@ -515,39 +393,29 @@ def split_tasks(K: int, tasks: int) -> Tensor:
 class Batches:
     """Loader: uint8 images stay on the device, and a batch is one gather away, (B, C, H, W) float32.
 
-    `epoch(index, batch_size, generator)` gives an epoch of batches, `all()` every image once for evaluation,
-    `load(index)` one batch. Each *draw* of an image gets a random crop and flip of its own, none without a
-    generator. All are drawn at once on the CPU, so nothing synchronises within the epoch, and the same seed
-    gives the same views on every device. FolderImages give the same batches, bit for bit.
+    Each *draw* of an image gets a random crop and flip of its own, none without a generator. An epoch's are
+    drawn at once on the CPU: no step waits for the device, and a seed gives the same views on every device.
     """
 
     def __init__(
-        self,
-        images: "Tensor | FolderImages",
-        mean: Tensor,
-        std: Tensor,
-        *,
-        pad: int = 0,
-        flip: bool = False,
-        device: torch.device | str = "cpu",
+        self, images: Tensor, mean: Tensor, std: Tensor, *, pad: int = 0, flip: bool = False, device="cpu"
     ):
         self.N, self.H, self.W, self.C = images.shape
         self.pad = pad
         self.flip = flip
         self.device = torch.device(device)
-        self.down = torch.arange(self.H, device=device) * (self.W + 2 * pad)  # (H,): from row to row
-        self.files = images if isinstance(images, FolderImages) else None
-        self.rows = None if self.files else self._all_rows(images)
+        self.padded = torch.nn.functional.pad(images, (0, 0, pad, pad, pad, pad)).to(device)
+        self.rows = torch.arange(self.H, device=device)
+        self.columns = torch.arange(self.W, device=device)
         # (x / 255 - mean) / std = x * scale + shift, repeated over a row so that it vectorises
-        self.scale = (1 / (255 * std)).repeat(self.W).to(self.device)  # (W * C,)
-        self.shift = (-mean / std).repeat(self.W).to(self.device)
+        self.scale = (1 / (255 * std)).repeat(self.W).to(device)  # (W * C,)
+        self.shift = (-mean / std).repeat(self.W).to(device)
 
     def epoch(self, index: Tensor, batch_size: int, generator: torch.Generator | None = None) -> Iterator:
         """An iterator over (part, x), or (part, x_0, ..., x_{m-1}) for an index of shape (T, m).
 
-        part is the slice of the epoch's T draws that x holds. All crops and flips are drawn at this call,
-        column after column. Under torchrun each process gets an equal share of every batch; without a
-        generator each gets all of it.
+        part is the slice of the epoch's T draws that x holds. All crops and flips are drawn at this call.
+        Under torchrun each process gets an equal share of every batch; without a generator all of it.
         """
         views = [self._draw(column, generator) for column in index.view(len(index), -1).unbind(1)]
         rank, count = ranks() if generator is not None else (0, 1)
@@ -556,9 +424,7 @@ class Batches:
             share = (batch.stop - batch.start) // count
             start = batch.start + rank * share
             parts.append(slice(start, start + share))
-        if self.files:
-            return self._read(index, views, parts)
-        return ((part, *(self._crop(self.rows, column[:, part]) for column in views)) for part in parts)
+        return ((part, *(self._crop(column[:, part]) for column in views)) for part in parts)
 
     def all(self, batch_size: int = 1000) -> Iterator:
         """An iterator over (part, x): every image once, in order, neither cropped nor flipped."""
@@ -566,11 +432,7 @@ class Batches:
 
     def load(self, index: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """One batch of the images index (B,), read now: (B, C, H, W)."""
-        views = self._draw(index, generator)
-        if self.files is None:
-            return self._crop(self.rows, views)
-        views[0] = torch.arange(len(index))
-        return self._crop(self._all_rows(self.files[index].decode()), views)
+        return self._crop(self._draw(index, generator))
 
     def _draw(self, index: Tensor, generator: torch.Generator | None) -> Tensor:
         """(4, T): image, top, left and whether mirrored, of T views, on the device."""
@@ -582,47 +444,19 @@ class Batches:
             mirror = torch.rand(T, generator=generator) < (0.5 if self.flip else 0.0)
         return torch.stack([index.cpu(), top, left, mirror]).to(self.device)
 
-    def _all_rows(self, images: Tensor) -> Tensor:
-        """A row of W pixels from every padded pixel on: (pixels - W + 1, W * C), a view, no copy.
-
-        A crop is H of these rows, whatever its offset: one gather of whole rows.
-        """
-        padded = torch.nn.functional.pad(images, (0, 0, *[self.pad] * 4)).to(self.device)
-        return padded.flatten().unfold(0, self.W * self.C, self.C)
-
-    def _crop(self, rows: Tensor, views: Tensor) -> Tensor:
+    def _crop(self, views: Tensor) -> Tensor:
         """The views (4, B), normalised: (B, C, H, W) float32, channels_last in memory."""
         image, top, left, mirror = views
-        height = self.H + 2 * self.pad
-        width = self.W + 2 * self.pad
-        first = (image * height + top) * width + left  # (B,): the crop's first pixel
-        x = rows[first[:, None] + self.down]  # (B, H) rows -> (B, H, W * C)
-        if self.flip:
-            mirrored = x.view(-1, self.H, self.W, self.C).flip(2).view_as(x)
-            x = torch.where(mirror[:, None, None] > 0, mirrored, x)
-        x = torch.addcmul(self.shift, x.float(), self.scale)
-        return x.view(-1, self.H, self.W, self.C).permute(0, 3, 1, 2)
-
-    def _read(self, index: Tensor, views: list[Tensor], parts: list[slice]) -> Iterator:
-        """The same from files: other processes decode a part's images, which are then padded and cropped."""
-        files = self.files.files
-        size = self.files.size
-        columns = index.view(len(index), -1)
-        requests = [([files[i] for i in columns[part].T.flatten().tolist()], size) for part in parts]
-        for pixels, part in zip(_read_ahead(requests), parts, strict=True):
-            rows = self._all_rows(torch.from_numpy(pixels))
-            B = part.stop - part.start
-            batch = [column[:, part].clone() for column in views]
-            for i, column in enumerate(batch):
-                column[0] = torch.arange(i * B, (i + 1) * B)  # the image's place among those just read
-            yield part, *(self._crop(rows, column) for column in batch)
+        rows = top[:, None] + self.rows  # (B, H)
+        cols = left[:, None] + torch.where(mirror[:, None] > 0, self.columns.flip(0), self.columns)  # (B, W)
+        x = self.padded[image[:, None, None], rows[:, :, None], cols[:, None, :]]  # (B, H, W, C)
+        return torch.addcmul(self.shift, x.flatten(2).float(), self.scale).view(x.shape).permute(0, 3, 1, 2)
 
 
 def split_evenly(T: int, batch_size: int, count: int | None = None) -> list[slice]:
-    """ceil(T / batch_size) batches, sizes equal to within one, so that no small rest is left over.
+    """ceil(T / batch_size) slices, sizes equal to within one, so that no small rest is left over.
 
-    For count processes (torchrun's, if not given) each size is a multiple of count, and up to count - 1 of
-    T are left out.
+    For count processes (or torchrun's) sizes are multiples of count; up to count - 1 of T are left out.
     """
     count = count or ranks()[1]
     shares = T // count
@@ -631,126 +465,7 @@ def split_evenly(T: int, batch_size: int, count: int | None = None) -> list[slic
     return [slice(a, b) for a, b in itertools.pairwise(edges)]
 
 
-# Folders larger than memory: worker processes of torch's DataLoader decode, all else is as above.
-
-
-class FolderImages:
-    """Image files that stand for a uint8 tensor (N, size, size, 3) too large for memory.
-
-    Indexing gives FolderImages again: no file is opened before `decode`, and no pixels are kept.
-    """
-
-    def __init__(self, files: list[str], size: int):
-        self.files = files
-        self.size = size
-        self.shape = (len(files), size, size, 3)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: slice | Tensor) -> "FolderImages":
-        chosen = torch.arange(len(self))[index]  # (n,): whatever selects from a tensor selects here
-        return FolderImages([self.files[i] for i in chosen.tolist()], self.size)
-
-    def decode(self) -> Tensor:
-        """All of them, uint8 (N, size, size, 3). Raises UserError for a file that is no readable image."""
-        kind = np.dtype((np.uint8, self.shape[1:]))
-        with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter lock
-            images = pool.map(_read_image, self.files, itertools.repeat(self.size))
-            return torch.from_numpy(np.fromiter(images, kind, len(self)))
-
-
-def concatenate(a: Tensor | FolderImages, b: Tensor | FolderImages) -> Tensor | FolderImages:
-    """The images of a and, after them, those of b; both tensors or both FolderImages."""
-    return FolderImages(a.files + b.files, a.size) if isinstance(a, FolderImages) else torch.cat([a, b])
-
-
-def _read_image(file: str, size: int) -> np.ndarray:
-    """A file's pixels, uint8 (size, size, 3), turned as EXIF says, on white where transparent."""
-    from PIL import Image, ImageOps
-    from torchvision.transforms import functional as TF
-
-    try:
-        with Image.open(file) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if image.mode[0] in "IF":  # more than 8 bits
-                sixteen_bits = image.mode.startswith("I;16") or opened.format in ("PNG", "PPM")
-                image = Image.fromarray(
-                    _to_8_bits(np.asarray(image, np.float64), 65535 if sixteen_bits else 1)
-                )
-            if image.mode.upper() in ("LA", "PA", "RGBA") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return np.asarray(TF.center_crop(TF.resize(image.convert("RGB"), size), size))
-    except Exception as error:  # Pillow raises many kinds for a damaged file
-        raise UserError(f"{file}: not a readable image ({error}); mend or remove it") from None
-
-
-def _to_8_bits(values: np.ndarray, white: int) -> np.ndarray:
-    """Grey values 0 to white -> 0 to 255."""
-    low = values.min()
-    high = values.max()
-    if not 0 <= low <= high <= white:  # also for nan
-        raise ValueError(f"grey values {low:g} to {high:g}, expected 8 or 16 bits, or 0 to 1")
-    return np.round(255 * (values / white)).astype(np.uint8)
-
-
-_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-WORKERS = min(8, _CORES)  # processes that read streamed images ahead; with 0 the program waits for each batch
-_READERS: list[DataLoader] = []  # idle ones; their processes stay: to start them may take as long as an epoch
-
-
-class _Decoder:
-    """What worker processes do. Small, since it is pickled to them."""
-
-    def __getitem__(self, request: tuple[list[str], int]) -> np.ndarray | str:
-        files, size = request
-        try:
-            return np.stack([_read_image(file, size) for file in files])
-        except UserError as error:  # raised here, it would arrive with this process's traceback in its text
-            return str(error)
-
-
-def _as_it_is(pixels: np.ndarray | str) -> np.ndarray | str:
-    return pixels  # no tensor: that would be handed over in shared memory, of which containers have little
-
-
-def _start_reader() -> DataLoader:
-    """A DataLoader whose processes run, and stay; what is put into its list `sampler` they read."""
-    reader = DataLoader(
-        _Decoder(),
-        batch_size=None,  # a request is a batch
-        sampler=[],
-        collate_fn=_as_it_is,
-        num_workers=WORKERS,
-        persistent_workers=WORKERS > 0,
-        generator=torch.Generator(),  # else it draws from torch's own, and dropout would be another one
-    )
-    kinds = {signal.SIGINT, getattr(signal, "SIGCHLD", signal.SIGINT)}  # Windows has one of them
-    before = {kind: signal.getsignal(kind) for kind in kinds}
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # workers inherit it: Ctrl-C is for the program, which ends them
-    try:
-        iter(reader)  # starts them. Its SIGCHLD handler would raise anywhere, not at the next batch only
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
-    return reader
-
-
-def _read_ahead(requests: list[tuple[list[str], int]]) -> Iterator[np.ndarray]:
-    """The pixels of each request in turn. Raises UserError for a damaged image or a killed worker."""
-    reader = _READERS.pop() if _READERS else _start_reader()
-    reader.sampler[:] = requests
-    try:
-        for pixels in reader:
-            if isinstance(pixels, str):
-                raise UserError(pixels)
-            yield pixels
-    except RuntimeError as error:  # DataLoader's, for a worker that was killed
-        raise UserError(f"{error}; out of memory? Lower --batch-size or --image-size") from None
-    _READERS.append(reader)  # not after an error: then its workers end with it
+concatenate = lambda a, b: torch.cat([a, b])  # noqa: E731  for spherization.py, until it calls torch.cat itself
 
 
 # %% ---------------------------------------------------------------------------------------------- Metrics
