@@ -147,7 +147,7 @@ WRONG_ARRAYS = {
     "a label too large": lambda a: a["test_y"].__setitem__(0, 10),
     "a label below 0": lambda a: a["train_y"].__setitem__(-1, -1),
     "fewer labels than images": lambda a: a.update(train_y=a["train_y"][:-1]),
-    "float labels": lambda a: a.update(test_y=a["test_y"].astype(np.float64)),
+    "a label between two": lambda a: a.update(test_y=a["test_y"] + 0.5),
     "no test labels": lambda a: a.pop("test_y"),
 }
 DAMAGE = {
