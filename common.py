@@ -186,10 +186,8 @@ def _checked(arrays: dict[str, np.ndarray], K: int, shape: tuple[int, int, int])
     for split in ("train", "test"):
         x = arrays[f"{split}_x"]
         y = arrays[f"{split}_y"]
-        right = (
-            x.dtype == np.uint8 and x.shape[1:] == shape and y.shape == x.shape[:1] and y.dtype.kind in "iu"
-        )
-        if not right or len(y) == 0 or y.min() < 0 or y.max() >= K or classes.shape != (K,):
+        right = x.dtype == np.uint8 and x.shape == (*y.shape, *shape) and classes.shape == (K,)
+        if not right or y.size == 0 or not set(y.tolist()) <= set(range(K)):
             found = f"{split}_x {x.shape} {x.dtype}, {split}_y {y.shape} {y.dtype}, classes {classes.shape}"
             raise ValueError(f"{found}; expected (N, *{shape}) uint8, N labels from 0 to {K - 1}, {K} names")
         fields[f"{split}_x"] = torch.from_numpy(np.ascontiguousarray(x))
@@ -251,14 +249,18 @@ def _read_folder(path: Path, size: int, test_share: float) -> dict:
 
 
 def _read_images(root: Path, size: int) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    """Images uint8 (N, size, size, 3), labels (N,) and classes of root/CLASS/IMAGE, hidden ones left out."""
+    """Images uint8 (N, size, size, 3), labels (N,) and classes of root/CLASS/IMAGE. Raises UserError.
+
+    Hidden files and folders are left out; every other file must be an image of 8 bits.
+    """
     from torchvision.datasets import ImageFolder
+
+    names = sorted(item.name for item in root.iterdir() if item.is_dir() and item.name[0] != ".")
+    label = {name: k for k, name in enumerate(names)}
 
     def visible(file: str) -> bool:
         return f"{os.sep}." not in file.removeprefix(str(root))
 
-    names = sorted(item.name for item in root.iterdir() if item.is_dir() and item.name[0] != ".")
-    label = {name: k for k, name in enumerate(names)}
     files, y = zip(*ImageFolder.make_dataset(root, label, is_valid_file=visible), strict=True)
     needed = len(files) * size * size * 3
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**35
