@@ -1,19 +1,17 @@
 """What every chapter shares: data, metrics, the bookkeeping of a run. It knows no model, loss or method.
 
-    import common                # then common.cosines(W): the prefix says that it is not in this file
-
-Five parts, each under its own banner; a reader who never opens them loses nothing of a chapter:
     Data      load_dataset -> Dataset (uint8); long tails, subsets, tasks, coarse labels; Batches, the loader
-    Metrics   accuracy per class, heads, neural collapse, continual learning, clustering
-    Theory    Claims, the table of a theory check; minimise and locate, which measure what theory predicts
+    Metrics   accuracy by class size, heads, neural collapse, continual learning
+    Theory    Claims, the table of a theory check; minimise and locate
     Run       flags, the run folder, `epochs` (checkpoint, log, progress), several GPUs
-    Figures   curves, heat maps, tables; command_line, which turns errors into exit codes
+    Figures   curves, bars, heat maps, tables
 
 Symbols, here and in every script: K classes, d feature dimension, N samples, B batch, n_k images of class k,
 h features (row vectors), W class vectors (K, d), M class means (K, d).
 """
 
 import argparse
+import codecs
 import contextlib
 import datetime
 import functools
@@ -68,7 +66,7 @@ class Dataset(NamedTuple):
     classes: tuple[str, ...]
     mean: Tensor  # of the full training split, so that a long tail does not move it
     std: Tensor
-    pad: int
+    pad: int  # of the random crop
     flip: bool
     fingerprint: str  # another one where an image, a label or a class name differs
     profile: str = ""  # of a long tail: exp or step
@@ -80,7 +78,7 @@ class Dataset(NamedTuple):
 
     @property
     def groups(self) -> dict[str, Tensor]:
-        """The classes of each group: many, medium and few training images."""
+        """The classes with many, medium and few training images."""
         return shot_groups(self.counts, self.profile)
 
 
@@ -109,19 +107,17 @@ def load_dataset(
     PATH/CLASS/IMAGE and a test_share. image_size (folders): the short side is resized, then the centre cut.
     """
     base, long_tailed, path = split_name(name)
-    if base == "folder":
-        arrays = _read_folder(Path(path).resolve(), image_size, test_share)
-    elif test_share:
+    if test_share and base != "folder":
         raise UserError(f"--test-share {test_share:g}: {base} has test images; only a folder may need it")
-    else:
-        arrays = _read_named(base, Path(data_dir).expanduser())
+    folder = base == "folder"
+    arrays = _read_folder(Path(path).resolve(), image_size, test_share) if folder else _read(base, data_dir)
     classes = arrays["classes"]
     checksum = zlib.crc32("\n".join(classes).encode())
     for key in ("train_x", "train_y", "test_x", "test_y"):
         checksum = zlib.crc32(arrays[key].numpy(), checksum)
     sizes = f"{len(arrays['train_y'])}+{len(arrays['test_y'])} images, {len(classes)} classes"
     mean, std = _channel_statistics(arrays["train_x"])
-    pad, flip = SPECS[base][2:] if base in SPECS else (image_size // 8, True)
+    pad, flip = (image_size // 8, True) if folder else SPECS[base][2:]
     data = Dataset(**arrays, mean=mean, std=std, pad=pad, flip=flip, fingerprint=f"{sizes}, {checksum:08x}")
     if len(classes) < 2:
         raise UserError(f"--dataset {name}: its only class is {classes[0]}; expected two classes or more")
@@ -129,7 +125,7 @@ def load_dataset(
         raise UserError(f"--dataset {name}: class {classes[data.counts.argmin()]} has no training image")
     if not long_tailed:
         return data
-    subset = long_tail_subset(data.train_y, len(classes), imbalance, profile, by_count=base == "folder")
+    subset = long_tail_subset(data.train_y, len(classes), imbalance, profile, by_count=folder)
     data = keep(data, subset)._replace(profile=profile)
     n = data.counts
     if abs(n.max() / n.min() / imbalance - 1) > 0.1:
@@ -139,10 +135,7 @@ def load_dataset(
 
 
 def _channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel over all pixels of (N, H, W, C): (C,) each, in [0, 1].
-
-    (The often-copied CIFAR-10 std .2023, .1994, .2010 averages the images' own stds; over pixels it is .247.)
-    """
+    """Mean and standard deviation of each channel over all pixels of (N, H, W, C): (C,) each, in [0, 1]."""
     parts = [part.flatten(0, 2) for part in images.split(100)]  # in float64, all at once takes 8 x the memory
     pixels = images[..., 0].numel()
     mean = sum(part.double().sum(0) for part in parts) / pixels / 255
@@ -151,9 +144,9 @@ def _channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
     return mean.float(), std.float()
 
 
-def _read_named(name: str, data_dir: Path) -> dict:
-    """A named data set: embedded, from DATA_DIR/NAME.npz, or through torchvision's files there."""
-    kept = data_dir / f"{name}.npz"
+def _read(name: str, data_dir: str | Path) -> dict:
+    """The fields of a named data set: embedded, from DATA_DIR/NAME.npz, or through torchvision there."""
+    kept = Path(data_dir, f"{name}.npz")
     try:
         if name == "digits":
             arrays = _read_digits()
@@ -165,7 +158,7 @@ def _read_named(name: str, data_dir: Path) -> dict:
     except Exception as error:  # the parsers of zip, npy and IDX files raise many kinds
         reason = " ".join(str(error).split()) or type(error).__name__
         where = kept if kept.exists() else f"--dataset {name}: neither {kept} nor torchvision's files"
-        remedy = "delete what is damaged there, and connect to a network or replace it"
+        remedy = "delete or replace it" if kept.exists() else "delete what is damaged, connect to a network"
         raise UserError(f"{where}: cannot be read ({reason}); {remedy}") from error
 
 
@@ -176,10 +169,11 @@ def _checked(arrays: dict[str, np.ndarray], K: int, shape: tuple[int, int, int])
     for split in ("train", "test"):
         x = arrays[f"{split}_x"]
         y = arrays[f"{split}_y"]
-        right = x.dtype == np.uint8 and x.shape == (*y.shape, *shape) and classes.shape == (K,)
-        if not right or y.size == 0 or not set(y.tolist()) <= set(range(K)):
-            found = f"{split}_x {x.shape} {x.dtype}, {split}_y {y.shape} {y.dtype}, classes {classes.shape}"
-            raise ValueError(f"{found}; expected (N, *{shape}) uint8, N labels from 0 to {K - 1}, {K} names")
+        images = x.dtype == np.uint8 and x.shape == (len(y), *shape)
+        labels = y.dtype.kind in "iu" and y.ndim == 1 and len(y) and 0 <= y.min() and y.max() < K
+        if not images or not labels or classes.shape != (K,):
+            shapes = f"{split}_x {x.shape} {x.dtype}, {split}_y {y.shape} {y.dtype}, classes {classes.shape}"
+            raise ValueError(f"{shapes}; expected (N, *{shape}) uint8, N labels from 0 to {K - 1}, {K} names")
         fields[f"{split}_x"] = torch.from_numpy(np.ascontiguousarray(x))
         fields[f"{split}_y"] = torch.from_numpy(y.astype(np.int64))
     return fields
@@ -197,12 +191,11 @@ def _read_digits() -> dict[str, np.ndarray]:
     return dict(arrays, classes=np.arange(10))
 
 
-def _read_torchvision(name: str, data_dir: Path) -> dict[str, np.ndarray]:
+def _read_torchvision(name: str, data_dir: str | Path) -> dict[str, np.ndarray]:
     """Through torchvision, which downloads what is missing and opens CIFAR's pickles after checking MD5s."""
     from torchvision import datasets
 
     kind = next(getattr(datasets, kind) for kind in datasets.__all__ if kind.lower() == name)
-    data_dir.mkdir(parents=True, exist_ok=True)
     arrays = {}
     for split in ("train", "test"):
         with contextlib.redirect_stdout(sys.stderr):  # its progress does not belong to our output
@@ -226,28 +219,22 @@ def _read_folder(path: Path, size: int, test_share: float) -> dict:
             return dict(train_x=x[train], train_y=y[train], test_x=x[test], test_y=y[test], classes=classes)
         x, y, classes = _read_images(path / "train", size)
         test_x, test_y, test_classes = _read_images(path / "test", size)
-        if odd := set(classes) ^ set(test_classes):
-            raise ValueError(f"train and test have different classes, one has {min(odd)}")
+        if classes != test_classes:
+            raise ValueError(f"train and test have different classes, {set(classes) ^ set(test_classes)}")
         return dict(train_x=x, train_y=y, test_x=test_x, test_y=test_y, classes=classes)
     except (OSError, ValueError) as error:  # no such folder, a class without an image, too few to split
-        reason = " ".join(str(error).split())
         layout = "PATH/train/CLASS/IMAGE and PATH/test/CLASS/IMAGE, or PATH/CLASS/IMAGE with --test-share 0.2"
+        reason = " ".join(str(error).split())
         raise UserError(f"--dataset folder:{path}: {reason}; expected {layout}") from error
 
 
 def _read_images(root: Path, size: int) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    """Images uint8 (N, size, size, 3), labels (N,) and classes of root/CLASS/IMAGE. Raises UserError.
-
-    Hidden files and folders are left out; every other file must be an image of 8 bits.
-    """
+    """Images uint8 (N, size, size, 3), labels (N,) and classes of root/CLASS/IMAGE, hidden ones left out."""
     from torchvision.datasets import ImageFolder
 
     names = sorted(item.name for item in root.iterdir() if item.is_dir() and item.name[0] != ".")
     label = {name: k for k, name in enumerate(names)}
-
-    def visible(file: str) -> bool:
-        return f"{os.sep}." not in file.removeprefix(str(root))
-
+    visible = lambda file: f"{os.sep}." not in file.removeprefix(str(root))  # noqa: E731
     files, y = zip(*ImageFolder.make_dataset(root, label, is_valid_file=visible), strict=True)
     needed = len(files) * size * size * 3
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**35
@@ -255,10 +242,9 @@ def _read_images(root: Path, size: int) -> tuple[Tensor, Tensor, tuple[str, ...]
         sizes = f"{needed / 2**30:.3g} GiB at --image-size {size}, of {memory / 2**30:.3g} GiB"
         raise UserError(f"--dataset folder:{root}: too large for memory ({sizes}); lower --image-size")
     images = torch.empty(len(files), size, size, 3, dtype=torch.uint8)
-    read = functools.partial(_read_image, size=size)
+    options = {"collate_fn": functools.partial(_read_image, size=size), "generator": torch.Generator()}
     workers = min(8, torch.get_num_threads(), len(files) // 1000)
-    own = torch.Generator()  # else it draws from torch's own
-    reader = iter(DataLoader(files, batch_size=None, collate_fn=read, num_workers=workers, generator=own))
+    reader = iter(DataLoader(files, batch_size=None, num_workers=workers, **options))
     for i, file in enumerate(tqdm(files, "reading images", leave=False, disable=None)):
         try:
             images[i] = next(reader)
@@ -301,8 +287,7 @@ def long_tail_counts(K: int, n_max: float, imbalance: float, profile: str = "exp
 def long_tail_subset(y: Tensor, K: int, imbalance: float, profile="exp", by_count: bool = True) -> Tensor:
     """Indices of a long-tailed subset of labels y (N,), class by class in label order; always the same ones.
 
-    The head is the largest class, or with by_count=False class 0, as in the published tables. n_max is N / K;
-    a class that has fewer images than its quota (SVHN's digit 0) gives all it has.
+    The head is the largest class, or with by_count=False class 0, as in the published tables. n_max is N / K.
     """
     generator = torch.Generator().manual_seed(0)
     quotas = long_tail_counts(K, len(y) / K, imbalance, profile)
@@ -311,7 +296,7 @@ def long_tail_subset(y: Tensor, K: int, imbalance: float, profile="exp", by_coun
     subset = []
     for k in range(K):
         members = (y == k).nonzero().flatten()
-        subset.append(members[torch.randperm(len(members), generator=generator)[: quota[k]]])
+        subset.append(members[torch.randperm(len(members), generator=generator)[: quota[k]]])  # all, if fewer
     return torch.cat(subset)
 
 
@@ -322,14 +307,6 @@ def keep_per_class(y: Tensor, n: int, seed: int = 0) -> Tensor:
     counts = torch.bincount(y)
     first = (counts.cumsum(0) - counts).repeat_interleave(counts)  # where the image's class begins
     return order[torch.arange(len(y)) - first < max(n, 1)].sort().values
-
-
-def cut_for_dry_run(data: Dataset, batch_size: int) -> Dataset:
-    """Two batches of training images or a few more, some of every class, and as many test images."""
-    n = 2 * batch_size // len(data.classes)
-    train = keep_per_class(data.train_y, n)
-    test = keep_per_class(data.test_y, n)
-    return keep(data, train)._replace(test_x=data.test_x[test], test_y=data.test_y[test])
 
 
 # CIFAR-100's twenty superclasses, and the one of each of its classes in their order
@@ -353,15 +330,14 @@ def coarse_labels(classes: tuple[str, ...], grouping: str) -> tuple[Tensor, tupl
     Raises UserError for an odd K, and for superclasses of anything else than CIFAR-100's classes.
     """
     K = len(classes)
-    if grouping == "superclasses" and classes[:1] + classes[-1:] + (K,) != ("apple", "worm", 100):
-        raise UserError("--coarse superclasses: only CIFAR-100 has them; use --coarse pairs")
     if grouping == "superclasses":
+        if (classes[0], classes[-1], K) != ("apple", "worm", 100):
+            raise UserError("--coarse superclasses: only CIFAR-100 has them; use --coarse pairs")
         return torch.tensor([int(k) for k in COARSE.split()]), tuple(SUPERCLASSES.split(", "))
     if K % 2 or K < 4:
         raise UserError(f"--coarse pairs: {K} classes; expected an even number of them, 4 or more")
-    return torch.arange(K) % (K // 2), tuple(
-        f"{a}+{b}" for a, b in zip(classes, classes[K // 2 :], strict=False)
-    )
+    names = zip(classes[: K // 2], classes[K // 2 :], strict=True)
+    return torch.arange(K) % (K // 2), tuple(f"{a}+{b}" for a, b in names)
 
 
 def split_tasks(K: int, tasks: int) -> Tensor:
@@ -379,9 +355,7 @@ class Batches:
     drawn at once on the CPU: no step waits for the device, and a seed gives the same views on every device.
     """
 
-    def __init__(
-        self, images: Tensor, mean: Tensor, std: Tensor, *, pad: int = 0, flip: bool = False, device="cpu"
-    ):
+    def __init__(self, images: Tensor, mean: Tensor, std: Tensor, *, pad=0, flip=False, device="cpu"):
         self.N, self.H, self.W, self.C = images.shape
         self.pad = pad
         self.flip = flip
@@ -577,7 +551,7 @@ class ClassSums(NamedTuple):
     count: Tensor  # (K,) n_k
     mean: Tensor  # (K, d) mu_k
     centred: Tensor  # (K, d) mu_k - mu_G, where mu_G is the mean of the class means, not of the samples
-    square: Tensor  # (K,) sum of ||h - mu_k||^2 over the class: its part of N tr(Sigma_W)
+    square: Tensor  # (K,) sum of ||h - mu_k||^2 over the class
 
 
 def class_sums(h: Tensor, y: Tensor, K: int | None = None) -> ClassSums:
@@ -613,13 +587,6 @@ def nc1(h: Tensor, y: Tensor, sums: ClassSums | None = None, centred: bool = Tru
     return float(within.square().sum() / len(h) / K) if keep.any() else math.nan, P.shape[1]
 
 
-def trace_ratio(h: Tensor, y: Tensor, sums: ClassSums | None = None) -> float:
-    """tr(Sigma_W) / tr(Sigma_B) of h (N, d), y (N,): the neural-collapse package's `quotient`."""
-    sums = sums or class_sums(h, y)
-    between = sums.centred.square().sum() / len(sums.mean)
-    return float(sums.square.sum() / sums.count.sum() / between)
-
-
 def cdnv(h: Tensor, y: Tensor, sums: ClassSums | None = None) -> float:
     """CDNV of h (N, d), y (N,): mean over pairs of (v_i + v_j) / (2 ||mu_i - mu_j||^2) (Galanti et al.)."""
     sums = sums or class_sums(h, y)
@@ -627,15 +594,14 @@ def cdnv(h: Tensor, y: Tensor, sums: ClassSums | None = None) -> float:
     return float((torch.combinations(v).sum(1) / (2 * torch.pdist(sums.mean).square())).mean())
 
 
-def class_distances(h: Tensor, y: Tensor, sums: ClassSums | None = None) -> Tensor:
-    """D_ij = mean squared distance between a sample of class i and one of class j, (K, K) float64.
+def class_distances(h: Tensor, y: Tensor) -> Tensor:
+    """D_ij = mean squared distance of a sample of class i to one of j; h (N, d), y (N,) -> (K, K) float64.
 
-    = v_i + v_j + ||mu_i - mu_j||^2; D_ii = 2 v_i n_i / (n_i - 1), over distinct samples: nan for a class of
-    one. h (N, d), y (N,). (Diagnostic of Yang, Steinhardt & Hu 2023, whose formula we did not see.)
+    = v_i + v_j + ||mu_i - mu_j||^2; D_ii = 2 v_i n_i / (n_i - 1), over distinct samples (one: nan).
     """
-    sums = sums or class_sums(h, y)
+    sums = class_sums(h, y)
     v = sums.square / sums.count
-    D = v[:, None] + v + distances(sums.mean).square()
+    D = v[:, None] + v + torch.cdist(sums.mean, sums.mean).square()
     return D.diagonal_scatter(2 * sums.square / (sums.count - 1))  # 0 / 0 = nan
 
 
@@ -659,17 +625,6 @@ def _pairwise_cosines(V: Tensor) -> Tensor:
 def mean_pairwise_cosine(V: Tensor, classes: Tensor) -> float:
     """Mean cosine of V's rows `classes`, V (K, d). 1: minority collapse (Fang et al. 2021); nan: < 2 rows."""
     return float(_pairwise_cosines(V[classes.to(V.device)]).mean())
-
-
-def distances(V: Tensor) -> Tensor:
-    """Pairwise distances of the rows of V, (K, d) -> (K, K) float64, by subtraction: exact for close rows."""
-    V = V.detach().double()
-    return torch.cdist(V, V, compute_mode="donot_use_mm_for_euclid_dist")
-
-
-def nc0(W: Tensor) -> float:
-    """NC0 = 1/K ||W^T 1||^2, not scale-free. 0: the class vectors W (K, d) sum to 0 (arXiv 2602.16642)."""
-    return float(W.double().sum(0).square().sum() / len(W))
 
 
 def equinorm(V: Tensor) -> float:
@@ -698,31 +653,6 @@ def nearest_mean(h: Tensor, M: Tensor) -> Tensor:
     V = M - centre
     score = (h - centre) @ V.T - V.square().sum(1) / 2  # (N, K) ||h||^2 / 2 - ||h - mu||^2 / 2
     return score.nan_to_num(nan=-torch.inf).argmax(1)
-
-
-def nearest_mean_mismatch(h: Tensor, prediction: Tensor, M: Tensor) -> float:
-    """NC4: share of features h (N, d) whose nearest class mean, of M (K, d), is not the prediction (N,)."""
-    nearest = nearest_mean(h, M)
-    return float((nearest != prediction.to(nearest.device)).double().mean())
-
-
-def collapse_metrics(h: Tensor, y: Tensor, W: Tensor, prediction: Tensor, few: Tensor) -> dict[str, float]:
-    """NC1 to NC4, minority collapse: h (N, d), y (N,), W (K, d), predictions (N,), few: class indices."""
-    sums = class_sums(h, y, len(W))
-    spread, rank = nc1(h, y, sums)
-    M = sums.centred
-    return {
-        "nc1": spread,
-        "nc1_rank": rank,
-        "nc2_equinorm_M": equinorm(M),
-        "nc2_equinorm_W": equinorm(W),
-        "nc2_equiangular_M": equiangularity(M),
-        "nc2_equiangular_W": equiangularity(W),
-        "nc3": self_duality(W, M),
-        "nc4": nearest_mean_mismatch(h, prediction, sums.mean),
-        "minority_cosine_M": mean_pairwise_cosine(M, few),
-        "minority_cosine_W": mean_pairwise_cosine(W, few),
-    }
 
 
 def zero_mean_metrics(means: Tensor, W: Tensor | None = None) -> dict[str, float]:
@@ -770,11 +700,6 @@ def generalized_metrics(V: Tensor) -> dict[str, float]:
         "gnc_smallest_angle": smallest_angle(V),
         "gnc_one_vs_rest": float(one_vs_rest_distance(V).min()),
     }
-
-
-def gnc3(W: Tensor, M: Tensor) -> float:
-    """GNC3: mean over classes of 1 - cos(w_k, mu_k - mu_G); class vectors W and centred means M, (K, d)."""
-    return float(1 - (unit(W.to(M.device)) * unit(M)).sum(1).mean())
 
 
 # %% ----------------------------------------------------------------------------------------------- Theory
@@ -844,17 +769,6 @@ def ranks() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def join_ranks(device: torch.device) -> torch.device:
-    """This rank's own device, after meeting the other ranks."""
-    if ranks()[1] > 1 and device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    if ranks()[1] > 1 and not dist.is_initialized():
-        wait = datetime.timedelta(days=1)  # the others wait while rank 0 reads data, tests and draws
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=wait)
-    return device
-
-
 @contextlib.contextmanager
 def first_rank_first() -> Iterator[None]:
     """Runs the block on rank 0, then on the others, which find what it downloaded or wrote."""
@@ -864,35 +778,6 @@ def first_rank_first() -> Iterator[None]:
     yield
     if number > 1 and not rank:
         dist.barrier()
-
-
-def _number(kind: type, holds, expected: str):
-    """argparse type: a number for which holds(value)."""
-
-    def number(text: str):
-        value = kind(text)
-        if not holds(value):
-            raise argparse.ArgumentTypeError(f"{text}: expected {expected}")
-        return value
-
-    return number
-
-
-positive = _number(float, lambda value: 0 < value < math.inf, "a number above 0")
-fraction = _number(float, lambda value: 0 <= value < 1, "a number from 0 to 1, 1 not included")
-
-
-def at_least(least: int):
-    """argparse type: a whole number, least or more."""
-    return _number(int, lambda value: least <= value < 2**63, f"{least} or more")
-
-
-def a_path(text: str) -> Path:
-    """argparse type: a path, with ~ for the home folder."""
-    path = os.path.expanduser(text)
-    if path.startswith("~"):
-        raise argparse.ArgumentTypeError(f"{text}: there is no such user")
-    return Path(path)
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -928,6 +813,13 @@ class Flags(argparse.ArgumentParser):
         self.set_defaults(**recipes[""] | recipes.get(base, {}))
         args = self.parse_args(argv)
         split_name(args.dataset)
+        for flag, value in vars(args).items():
+            for one in value if isinstance(value, list) else [value]:
+                name = f"--{flag.replace('_', '-')} {one}"
+                if type(one) in (int, float) and not (0 < one < 2**63 or (one == 0 and flag in MAY_BE_0)):
+                    raise UserError(f"{name}: expected a number above 0{' or 0' * (flag in MAY_BE_0)}")
+                if str(one).startswith("~"):
+                    raise UserError(f"{name}: the shell knows no such user; write the path out")
         started = [name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")]
         if any(started[:2]) and not all(started):
             raise UserError("RANK or WORLD_SIZE is set, but torchrun did not start this; unset both")
@@ -949,19 +841,19 @@ class Flags(argparse.ArgumentParser):
         data = f"{', '.join(SPECS)}, folder:PATH; with lt long-tailed: cifar10lt"
         precisions = ["auto", "fp32", "bf16"]
         add("--dataset", default="digits", help=data)
-        add("--data-dir", type=a_path, default=Path("data"), help="where NAME.npz is kept and downloads go")
-        add("--imbalance", type=positive, default=100.0, help="lt: largest class over smallest")
+        add("--data-dir", type=Path, default=Path("data"), help="where NAME.npz is kept and downloads go")
+        add("--imbalance", type=float, default=100.0, help="lt: largest class over smallest")
         add("--profile", choices=["exp", "step"], default="exp", help="lt: shape of the long tail")
-        add("--image-size", type=at_least(1), default=32, help="folder: pixels")
-        add("--test-share", type=fraction, default=0.0, help="folder without train/, test/: to test on")
+        add("--image-size", type=int, default=32, help="folder: pixels")
+        add("--test-share", type=float, default=0.0, help="folder without train/, test/: to test on")
         add("--method", nargs="+", choices=names, metavar="M", help="one or more, or all; see below")
-        add("--seed", type=at_least(0), nargs="+", default=[0], help="one or more; of weights and crops")
-        add("--epochs", type=at_least(1), help="passes over the training images")
-        add("--batch-size", type=at_least(1), help="images per step")
-        add("--lr", type=positive, help="peak learning rate")
-        add("--weight-decay", type=fraction, help="on all parameters")
-        add("--eval-every", type=at_least(1), default=1, help="epochs from test to test; the last is tested")
-        add("--out", type=a_path, default=Path("runs"), help="run folders: OUT/SCRIPT/DATASET/METHOD/seedS")
+        add("--seed", type=int, nargs="+", default=[0], help="one or more; of weights and crops")
+        add("--epochs", type=int, help="passes over the training images")
+        add("--batch-size", type=int, help="images per step")
+        add("--lr", type=float, help="peak learning rate")
+        add("--weight-decay", type=float, help="on all parameters")
+        add("--eval-every", type=int, default=1, help="epochs from test to test; the last is tested")
+        add("--out", type=Path, default=Path("runs"), help="run folders: OUT/SCRIPT/DATASET/METHOD/seedS")
         add("--overwrite", action="store_true", help="train anew what is there, instead of going on with it")
         add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where it runs")
         add("--precision", choices=precisions, default="auto", help="inside the network; auto: bf16 if fast")
@@ -973,6 +865,7 @@ class Flags(argparse.ArgumentParser):
 # Shared flags that decide what is computed: with other values a run is another one. A chapter's own all do.
 COMPARED = {"dataset", "imbalance", "profile", "image_size", "test_share", "epochs", "batch_size", "lr"}
 COMPARED |= {"weight_decay", "eval_every", "precision", "compile"}
+MAY_BE_0 = {"seed", "weight_decay", "test_share", "dim", "contexts"}
 
 
 def prepare_data(args: argparse.Namespace, per_class: int = 0) -> Dataset:
@@ -983,13 +876,17 @@ def prepare_data(args: argparse.Namespace, per_class: int = 0) -> Dataset:
     least = 3 * ranks()[1]  # no batch holds a single image then, which has no variance for BatchNorm
     if args.batch_size < least:
         raise UserError(f"--batch-size {args.batch_size}: expected {least} or more")
-    args.device = join_ranks(pick_device(args.device))
+    args.device = pick_device(args.device)
     args.precision = pick_precision(args.precision, args.device)
     options = {key: getattr(args, key) for key in ("imbalance", "profile", "image_size", "test_share")}
     with first_rank_first():  # which may have to download
         data = load_dataset(args.dataset, args.data_dir, **options)
-    if args.dry_run:
-        data = cut_for_dry_run(data, max(args.batch_size, per_class * len(data.classes)))
+    if args.dry_run:  # two batches of training images or a few more, some of every class, as many test images
+        n = max(2 * args.batch_size // len(data.classes), 2 * per_class)
+        test = keep_per_class(data.test_y, n)
+        data = keep(data, keep_per_class(data.train_y, n))._replace(
+            test_x=data.test_x[test], test_y=data.test_y[test]
+        )
     if args.device.type == "cpu" and data.train_x.shape[1] <= 16:
         torch.set_num_threads(1)  # on 8 x 8 images more threads are slower
     n = data.counts
@@ -1000,20 +897,25 @@ def prepare_data(args: argparse.Namespace, per_class: int = 0) -> Dataset:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is a GPU, else the CPU. Raises UserError."""
+    """`auto` is CUDA where there is a GPU, else the CPU. Joins the other ranks. Raises UserError."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: not available here; use --device auto")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if ranks()[1] > 1 and device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if ranks()[1] > 1 and not dist.is_initialized():
+        wait = datetime.timedelta(days=1)  # the others wait while rank 0 reads data, tests and draws
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=wait)
+    return device
 
 
-def _cpu_info() -> str:
-    """What Linux knows of the processor; empty elsewhere."""
-    return Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
+CPU_INFO = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
 
 
 def pick_precision(name: str, device: torch.device) -> str:
     """`auto` is bf16 where hardware multiplies it fast (CUDA; CPUs with AMX or AVX512-BF16), else fp32."""
-    fast = device.type == "cuda" or {"amx_bf16", "avx512_bf16"} & set(_cpu_info().split())
+    fast = device.type == "cuda" or {"amx_bf16", "avx512_bf16"} & set(CPU_INFO.split())
     return name if name != "auto" else "bf16" if fast else "fp32"
 
 
@@ -1021,7 +923,7 @@ def hardware(device: torch.device) -> str:
     """What the run ran on, in words, for config.json and for tables."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    model = re.search(r"model name\s*:\s*(.+)", _cpu_info())
+    model = re.search(r"model name\s*:\s*(.+)", CPU_INFO)
     return f"{model[1] if model else platform.machine()}, {torch.get_num_threads()} threads"
 
 
@@ -1047,11 +949,6 @@ def write_atomically(path: Path, write) -> None:
             part.unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
         raise UserError(f"{path}: cannot be written ({reason}); free space, or choose another") from None
-
-
-def to_json(content, **layout) -> str:
-    """JSON of numbers, text, lists, dicts and paths; what is not defined is NaN, as Python reads it."""
-    return json.dumps(content, default=str, **layout)
 
 
 class Run:
@@ -1080,11 +977,6 @@ class Run:
 
     def _write(self, file: str, text: str) -> None:
         write_atomically(self.folder / file, lambda part: part.write_text(text))
-
-    @property
-    def fused(self) -> bool:
-        """For an optimiser: one kernel for all parameters, on CUDA."""
-        return self.device.type == "cuda"
 
     def autocast(self) -> torch.autocast:
         """bf16 inside the network, where --precision says so."""
@@ -1124,7 +1016,7 @@ class Run:
             line = {"epoch": epoch + 1, "loss": self._mean_loss(epoch, parts["model"]), **self.line}
             line["seconds"] = time.perf_counter() - began
             self.history.append(line)
-            self._write("metrics.jsonl", "".join(to_json(entry) + "\n" for entry in self.history))
+            self._write("metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.history))
             self._save(epoch + 1, parts)
             bar.set_postfix({key: f"{line[key]:.3f}" for key in ("loss", "accuracy") if key in line})
 
@@ -1206,7 +1098,7 @@ class Run:
             result["best_accuracy"] = max(tested)
         result["seconds"] = sum(line["seconds"] for line in self.history)
         with first_rank_first():  # the other ranks have not tested
-            self._write("result.json", to_json({**result, **measured}, indent=1))
+            self._write("result.json", json.dumps({**result, **measured}, indent=1))
             self.finished = self._read("result.json", json.loads)
 
     def other_code(self) -> str:
@@ -1226,8 +1118,18 @@ def runs(args: argparse.Namespace, data: Dataset, jobs: dict[str, dict] | None =
     for name, job in (jobs or {name: {} for name in args.method}).items():
         for seed in args.seed:
             folder = args.folder / name / f"seed{seed}"
+            lock = filelock.FileLock(folder / ".lock")  # goes when the process dies
             with first_rank_first():
-                lock = _take(folder)
+                try:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    if not ranks()[0]:
+                        lock.acquire(timeout=0)
+                except filelock.Timeout:
+                    raise UserError(
+                        f"{folder}: another command is at work here; wait, or change --out"
+                    ) from None
+                except OSError as error:
+                    raise UserError(f"{folder}: cannot be written ({error.strerror}); change --out") from None
                 run = _open(folder, args, _setting(args, data, job), seed)
             if not run.finished:
                 yield run
@@ -1237,35 +1139,22 @@ def runs(args: argparse.Namespace, data: Dataset, jobs: dict[str, dict] | None =
 def _setting(args: argparse.Namespace, data: Dataset, job: dict) -> dict:
     """What a run is defined by, beside its method and seed: flags that decide what is computed, and data."""
     flags = {key: getattr(args, key) for key in sorted(args.compared)}
-    return json.loads(to_json({**flags, **job, "data": data.fingerprint}))
-
-
-def _take(folder: Path) -> filelock.FileLock:
-    """Take the run folder for this process; the lock goes when the process dies. Raises UserError."""
-    lock = filelock.FileLock(folder / ".lock")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not ranks()[0]:
-            lock.acquire(timeout=0)
-            for left in folder.glob(".*.part*"):  # what a kill left behind
-                left.unlink()
-    except filelock.Timeout:
-        raise UserError(f"{folder}: another command is at work here; wait, or change --out") from None
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); change --out") from None
-    return lock
+    return json.loads(json.dumps({**flags, **job, "data": data.fingerprint}, default=str))
 
 
 def _open(folder: Path, args: argparse.Namespace, setting: dict, seed: int) -> Run:
     """The run in this folder: the one that is there, compared, or a new one with its config.json."""
-    if args.overwrite and not ranks()[0]:
-        for file in Run.FILES:  # the result first: what a kill leaves behind is no finished run
+    if not ranks()[0]:
+        for left in folder.glob(".*.part*"):  # by a kill
+            left.unlink()
+        for file in Run.FILES if args.overwrite else ():  # the result first: without it, no run is finished
             (folder / file).unlink(missing_ok=True)
     run = Run(folder)
     run.args = args
     run.seed = seed
     run.title = f"{run.name} seed {seed}"
     run.device = args.device
+    run.fused = args.device.type == "cuda"  # for an optimiser: one kernel for all parameters
     if run.finished or (folder / "checkpoint.pt").exists():
         _compare(run, setting)
         return run
@@ -1276,7 +1165,7 @@ def _open(folder: Path, args: argparse.Namespace, setting: dict, seed: int) -> R
     run.config |= {"hardware": hardware(run.device), "threads": torch.get_num_threads()}
     run.config |= {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "numpy")}
     run._write("source.py", source.read_text())
-    run._write("config.json", to_json(run.config, indent=1))
+    run._write("config.json", json.dumps(run.config, indent=1))
     return run
 
 
@@ -1284,11 +1173,10 @@ def _compare(run: Run, setting: dict) -> None:
     """Raises UserError for another setting, and, where the run is not finished, for other code."""
     instead = "--overwrite it, or change --out"
     before = (run.config or {}).get("setting", {})
-    for name, new in setting.items():
-        if before.get(name) != new:
-            name = name if name == "data" else f"--{name.replace('_', '-')}"
-            old = before.get(name.removeprefix("--").replace("-", "_"))
-            raise UserError(f"{run.folder}: was run with {name} {old}, not {new}; {instead}")
+    for key, new in setting.items():
+        if before.get(key) != new:
+            name = key if key == "data" else f"--{key.replace('_', '-')}"
+            raise UserError(f"{run.folder}: was run with {name} {before.get(key)}, not {new}; {instead}")
     other = run.other_code()
     if other and not run.finished:
         raise UserError(f"{run.folder}: was begun with another version of {other}; {instead}")
@@ -1316,16 +1204,13 @@ def own_torch_settings() -> Iterator[None]:
     """Above a script's main: float32 by default inside, and the process's settings as before afterwards."""
     threads = torch.get_num_threads()
     dtype = torch.get_default_dtype()
-    benchmark = torch.backends.cudnn.benchmark
     torch.set_default_dtype(torch.float32)
-    torch.backends.cudnn.benchmark = True  # batches come in few shapes: let cuDNN try its algorithms
     try:
-        with torch.random.fork_rng():
-            yield
+        with torch.random.fork_rng(), torch.backends.cudnn.flags(enabled=True, benchmark=True):
+            yield  # benchmark: batches come in few shapes, so let cuDNN try its algorithms
     finally:
         torch.set_num_threads(threads)
         torch.set_default_dtype(dtype)
-        torch.backends.cudnn.benchmark = benchmark
 
 
 def command_line(main) -> None:
@@ -1338,7 +1223,10 @@ def command_line(main) -> None:
         return
     if ranks()[0]:
         sys.stdout = open(os.devnull, "w")  # only rank 0 prints
-    sys.stdout.reconfigure(errors="replace")  # a class name may not exist in the terminal's encoding
+    codecs.register_error(
+        "plain", lambda error: ("+-" if error.object[error.start] == "±" else "?", error.end)
+    )
+    sys.stdout.reconfigure(errors="plain")  # ± or a class name may not exist in the terminal's encoding
     try:
         result = main()
     except UserError as error:
@@ -1346,8 +1234,8 @@ def command_line(main) -> None:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        without = " without --overwrite" if "--overwrite" in sys.argv else ""
-        print(f"\ninterrupted; the same command{without} goes on after the last whole epoch", file=sys.stderr)
+        go_on = "the same command (without --overwrite) goes on after the last whole epoch"
+        print(f"\ninterrupted; {go_on}", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -1436,14 +1324,11 @@ def mean_std(values: list[float], digits: int = 2, factor: float = 1.0) -> str:
 
 def table(header: list[str], rows: list[list]) -> str:
     """Columns aligned for the terminal: text left, numbers right."""
-    cells = [header, *([str(c) for c in row] for row in rows)]
+    cells = [header, *([str(cell) for cell in row] for row in rows)]
     width = [max(map(len, column)) for column in zip(*cells, strict=True)]
     cells.insert(1, ["-" * w for w in width])
-    lines = []
-    for first, *others in cells:
-        numbers = [c.rjust(w) for c, w in zip(others, width[1:], strict=True)]
-        lines.append("  ".join([first.ljust(width[0]), *numbers]).rstrip())
-    return "\n".join(lines)
+    cells = [[row[0].ljust(width[0]), *map(str.rjust, row[1:], width[1:])] for row in cells]
+    return "\n".join("  ".join(row).rstrip() for row in cells)
 
 
 UNITS = {"%": (1, 100), "°": (1, 1), "": (2, 1)}  # unit: digits after the point, factor
@@ -1456,30 +1341,22 @@ def print_table(found: list[Run], columns: dict[str, tuple[str, str, str]], abou
     run has is left out. about: {run name: what it is}.
     """
 
-    def entry(run: Run, key: str):
-        value = run.finished
-        for part in key.split("."):
-            value = value.get(part, {})
-        return value
+    def entry(run: Run, key: str) -> float | None:
+        first, _, second = key.partition(".")
+        return run.finished.get(first, {}).get(second) if second else run.finished.get(first)
 
     by_name = {}
     for run in found:
         by_name.setdefault(run.name, []).append(run)
-    columns = {key: column for key, column in columns.items() if any(entry(run, key) != {} for run in found)}
+    columns = {key: column for key, column in columns.items() if entry(found[0], key) is not None}
     rows = []
-    for name, group in by_name.items():
-        row = [f"{name} *" if any(run.other_code() for run in group) else name, len(group)]
+    for name, seeds in by_name.items():
+        row = [name, len(seeds)]
         for key, (_, unit, _) in columns.items():
-            digits, factor = UNITS[unit]
-            row.append(mean_std([entry(run, key) or 0.0 for run in group], digits, factor))
+            row.append(mean_std([entry(run, key) for run in seeds], *UNITS[unit]))
         rows.append(row)
-    text = "\n" + table(["method", "seeds", *(title for title, _, _ in columns.values())], rows)
-    text += "".join(f"\n{title}: {unit} {meaning}" for title, unit, meaning in columns.values())
-    text += "".join(f"\n{name}: {about[name]}" for name in by_name if name in about)
-    if any(row[0].endswith(" *") for row in rows):
-        text += "\n*: made with another version of the script or of common.py"
-    try:
-        "±".encode(sys.stdout.encoding or "utf-8")
-    except UnicodeEncodeError:
-        text = text.replace("±", "+-")
-    print(text)
+    print("\n" + table(["method", "seeds", *(title for title, _, _ in columns.values())], rows))
+    for title, unit, meaning in columns.values():
+        print(f"{title}: {unit} {meaning}")
+    for name in by_name:
+        print(f"{name}: {about.get(name, '')}")
