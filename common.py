@@ -1,13 +1,8 @@
 """What every chapter shares: data, metrics, the bookkeeping of a run. It knows no model, loss or method.
 
-    Data      load_dataset -> Dataset (uint8); long tails, subsets, tasks, coarse labels; Batches, the loader
-    Metrics   accuracy by class size, heads, neural collapse, continual learning
-    Theory    Claims, the table of a theory check; minimise and locate
-    Run       flags, the run folder, `epochs` (checkpoint, log, progress), several GPUs
-    Figures   curves, bars, heat maps, tables
-
-Symbols, here and in every script: K classes, d feature dimension, N samples, B batch, n_k images of class k,
-h features (row vectors), W class vectors (K, d), M class means (K, d).
+Five parts, each under a banner: Data, Metrics, Theory, Run, Figures. Symbols, here and in every script: K
+classes, d feature dimension, N samples, B batch, n_k images of class k, h features (row vectors), W class
+vectors (K, d), M class means (K, d).
 """
 
 import argparse
@@ -148,12 +143,10 @@ def _read(name: str, data_dir: str | Path) -> dict:
     """The fields of a named data set: embedded, from DATA_DIR/NAME.npz, or through torchvision there."""
     kept = Path(data_dir, f"{name}.npz")
     try:
-        if name == "digits":
-            arrays = _read_digits()
-        elif kept.exists():
+        if name != "digits" and kept.exists():
             arrays = dict(np.load(kept, allow_pickle=False))  # never unpickles: that could run any code
         else:
-            arrays = _read_torchvision(name, data_dir)
+            arrays = _read_digits() if name == "digits" else _read_torchvision(name, data_dir)
         return _checked(arrays, *SPECS[name][:2])
     except Exception as error:  # the parsers of zip, npy and IDX files raise many kinds
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -172,8 +165,8 @@ def _checked(arrays: dict[str, np.ndarray], K: int, shape: tuple[int, int, int])
         images = x.dtype == np.uint8 and x.shape == (len(y), *shape)
         labels = y.dtype.kind in "iu" and y.ndim == 1 and len(y) and 0 <= y.min() and y.max() < K
         if not images or not labels or classes.shape != (K,):
-            shapes = f"{split}_x {x.shape} {x.dtype}, {split}_y {y.shape} {y.dtype}, classes {classes.shape}"
-            raise ValueError(f"{shapes}; expected (N, *{shape}) uint8, N labels from 0 to {K - 1}, {K} names")
+            arrays = f"{split}_x {x.shape} {x.dtype}, {split}_y {y.shape} {y.dtype}, classes {classes.shape}"
+            raise ValueError(f"{arrays}; expected (N, *{shape}) uint8, N labels below {K}, {K} names")
         fields[f"{split}_x"] = torch.from_numpy(np.ascontiguousarray(x))
         fields[f"{split}_y"] = torch.from_numpy(y.astype(np.int64))
     return fields
@@ -236,11 +229,13 @@ def _read_images(root: Path, size: int) -> tuple[Tensor, Tensor, tuple[str, ...]
     label = {name: k for k, name in enumerate(names)}
     visible = lambda file: f"{os.sep}." not in file.removeprefix(str(root))  # noqa: E731
     files, y = zip(*ImageFolder.make_dataset(root, label, is_valid_file=visible), strict=True)
-    needed = len(files) * size * size * 3
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**35
+    needed = len(files) * size * size * 3 / 2**30
+    memory = (
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else 32
+    )
     if needed > memory / 4:  # the loader's padded copy takes more than as much again
-        sizes = f"{needed / 2**30:.3g} GiB at --image-size {size}, of {memory / 2**30:.3g} GiB"
-        raise UserError(f"--dataset folder:{root}: too large for memory ({sizes}); lower --image-size")
+        sizes = f"--image-size {size} makes {needed:.3g} GiB, of {memory:.3g}"
+        raise UserError(f"--dataset folder:{root}: too large for memory: {sizes}; lower it")
     images = torch.empty(len(files), size, size, 3, dtype=torch.uint8)
     options = {"collate_fn": functools.partial(_read_image, size=size), "generator": torch.Generator()}
     workers = min(8, torch.get_num_threads(), len(files) // 1000)
@@ -324,10 +319,9 @@ COARSE = (
 
 
 def coarse_labels(classes: tuple[str, ...], grouping: str) -> tuple[Tensor, tuple[str, ...]]:
-    """The coarse label of each of K classes, (K,), and the coarse classes' names; coarse_labels(...)[0][y].
+    """The coarse label of each of K classes, (K,), and the coarse classes' names. Raises UserError.
 
     pairs: class k with class k + K/2, so that coarse = k mod K/2; superclasses: the twenty of CIFAR-100.
-    Raises UserError for an odd K, and for superclasses of anything else than CIFAR-100's classes.
     """
     K = len(classes)
     if grouping == "superclasses":
@@ -351,8 +345,8 @@ def split_tasks(K: int, tasks: int) -> Tensor:
 class Batches:
     """Loader: uint8 images stay on the device, and a batch is one gather away, (B, C, H, W) float32.
 
-    Each *draw* of an image gets a random crop and flip of its own, none without a generator. An epoch's are
-    drawn at once on the CPU: no step waits for the device, and a seed gives the same views on every device.
+    Each *draw* of an image gets a crop and flip of its own, none without a generator. An epoch's are drawn at
+    once on the CPU, so that no step waits for the device.
     """
 
     def __init__(self, images: Tensor, mean: Tensor, std: Tensor, *, pad=0, flip=False, device="cpu"):
@@ -370,8 +364,7 @@ class Batches:
     def epoch(self, index: Tensor, batch_size: int, generator: torch.Generator | None = None) -> Iterator:
         """An iterator over (part, x), or (part, x_0, ..., x_{m-1}) for an index of shape (T, m).
 
-        part is the slice of the epoch's T draws that x holds. All crops and flips are drawn at this call.
-        Under torchrun each process gets an equal share of every batch; without a generator all of it.
+        part is the slice of the T draws that x holds: under torchrun an equal share of every batch.
         """
         views = [self._draw(column, generator) for column in index.view(len(index), -1).unbind(1)]
         rank, count = ranks() if generator is not None else (0, 1)
@@ -431,7 +424,7 @@ def accuracy_per_class(prediction: Tensor, y: Tensor, K: int) -> Tensor:
 
 
 def shot_groups(counts: Tensor, profile: str = "") -> dict[str, Tensor]:
-    """Classes by their training images, counts (K,): {"many", "medium", "few"}, each sorted class indices.
+    """Classes by their training images, counts (K,): {"many": classes, "medium": ..., "few": ...}.
 
     One size: all are many. A step: larger and smaller. Else many > 100 and few < 20 (Liu et al. 2019),
     or, where either has no class, thirds. Classes of one size are never parted.
@@ -452,10 +445,7 @@ def shot_groups(counts: Tensor, profile: str = "") -> dict[str, Tensor]:
 
 
 def accuracies(z: Tensor, y: Tensor, groups: dict[str, Tensor]) -> dict:
-    """Accuracy of logits z (N, K) for labels y (N,): of all samples, by group, per class.
-
-    groups: class indices by name, as from shot_groups: the mean over those that have samples, nan if none.
-    """
+    """Accuracy of logits z (N, K) for labels y (N,): of all samples, per class, and its mean by group."""
     prediction = z.argmax(1)
     per_class = accuracy_per_class(prediction, y, z.shape[1])
     return {
@@ -545,26 +535,16 @@ def class_means(h: Tensor, y: Tensor, K: int) -> Tensor:
     return total / torch.bincount(y, minlength=K)[:, None]
 
 
-class ClassSums(NamedTuple):
-    """What the measures of collapse share, in float64."""
-
-    count: Tensor  # (K,) n_k
-    mean: Tensor  # (K, d) mu_k
-    centred: Tensor  # (K, d) mu_k - mu_G, where mu_G is the mean of the class means, not of the samples
-    square: Tensor  # (K,) sum of ||h - mu_k||^2 over the class
-
-
-def class_sums(h: Tensor, y: Tensor, K: int | None = None) -> ClassSums:
-    """Sums of features h (N, d) with labels y (N,); K: the largest label + 1 if not given."""
+def class_sums(h: Tensor, y: Tensor, K: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Counts n_k (K,), means mu_k (K, d), v_k = mean of ||h - mu_k||^2 (K,); K: the largest label + 1."""
     h = h.detach().double()
     y = y.to(h.device)
     mean = class_means(h, y, K or int(y.max()) + 1)
-    count = torch.bincount(y, minlength=len(mean)).double()
-    square = torch.zeros_like(count).index_add_(0, y, (h - mean[y]).square().sum(1))
-    return ClassSums(count, mean, mean - mean.mean(0), square)
+    n = torch.bincount(y, minlength=len(mean)).double()
+    return n, mean, torch.zeros_like(n).index_add_(0, y, (h - mean[y]).square().sum(1)) / n
 
 
-def nc1(h: Tensor, y: Tensor, sums: ClassSums | None = None, centred: bool = True) -> tuple[float, int]:
+def nc1(h: Tensor, y: Tensor, K: int | None = None, centred: bool = True) -> tuple[float, int]:
     """NC1 = tr(Sigma_W pinv(Sigma_B)) / K of h (N, d), y (N,), and Sigma_B's rank (K - 1 if all is well).
 
         Sigma_W = 1/N sum_i (h_i - mu_y)(h_i - mu_y)^T      pooled over samples
@@ -573,25 +553,23 @@ def nc1(h: Tensor, y: Tensor, sums: ClassSums | None = None, centred: bool = Tru
     coincide it jumps and only the rank tells. It misses spread across the span of the means: see cdnv.
     Papyan et al.'s notebook does not divide by K. centred=False: ZNC1, with mu_G = 0 and rank K.
     """
-    sums = sums or class_sums(h, y)
-    K = len(sums.mean)
-    A = (sums.centred if centred else sums.mean) / K**0.5
+    mean = class_means(h, y, K or int(y.max()) + 1)
+    A = (mean - mean.mean(0) if centred else mean) / len(mean) ** 0.5
     if not A.isfinite().all():
         return math.nan, 0
     _, s, V = torch.linalg.svd(A, full_matrices=False)  # A = U diag(s) V
     eps = torch.finfo(s.dtype).eps
     keep = s**2 > max(A.shape) * eps * s[0] ** 2  # pinv(Sigma_B)'s rule: its eigenvalues are s^2
-    keep &= s > 1000 * eps * sums.mean.norm(dim=1).max()  # below it, means differ by their rounding only
+    keep &= s > 1000 * eps * mean.norm(dim=1).max()  # below it, means differ by their rounding only
     P = V[keep].T / s[keep]  # (d, rank)
-    within = (h.detach().double() - sums.mean[y.to(A.device)]) @ P  # (N, rank)
-    return float(within.square().sum() / len(h) / K) if keep.any() else math.nan, P.shape[1]
+    within = (h.detach().double() - mean[y.to(A.device)]) @ P  # (N, rank)
+    return float(within.square().sum() / within.shape[0] / len(mean)) if keep.any() else math.nan, P.shape[1]
 
 
-def cdnv(h: Tensor, y: Tensor, sums: ClassSums | None = None) -> float:
+def cdnv(h: Tensor, y: Tensor) -> float:
     """CDNV of h (N, d), y (N,): mean over pairs of (v_i + v_j) / (2 ||mu_i - mu_j||^2) (Galanti et al.)."""
-    sums = sums or class_sums(h, y)
-    v = sums.square / sums.count  # (K,) mean of ||h - mu_k||^2 over class k
-    return float((torch.combinations(v).sum(1) / (2 * torch.pdist(sums.mean).square())).mean())
+    _, mean, v = class_sums(h, y)
+    return float((torch.combinations(v).sum(1) / (2 * torch.pdist(mean).square())).mean())
 
 
 def class_distances(h: Tensor, y: Tensor) -> Tensor:
@@ -599,10 +577,9 @@ def class_distances(h: Tensor, y: Tensor) -> Tensor:
 
     = v_i + v_j + ||mu_i - mu_j||^2; D_ii = 2 v_i n_i / (n_i - 1), over distinct samples (one: nan).
     """
-    sums = class_sums(h, y)
-    v = sums.square / sums.count
-    D = v[:, None] + v + torch.cdist(sums.mean, sums.mean).square()
-    return D.diagonal_scatter(2 * sums.square / (sums.count - 1))  # 0 / 0 = nan
+    n, mean, v = class_sums(h, y)
+    D = v[:, None] + v + torch.cdist(mean, mean).square()
+    return D.diagonal_scatter(2 * v * n / (n - 1))  # 0 / 0 = nan
 
 
 def unit(V: Tensor) -> Tensor:
@@ -691,15 +668,6 @@ def one_vs_rest_distance(V: Tensor) -> Tensor:
             w, _ = nnls(np.vstack([D.T, np.ones(K - 1)]), np.append(np.zeros(d), 1))
             distance[k] = np.linalg.norm(w @ D) / w.sum()
     return distance
-
-
-def generalized_metrics(V: Tensor) -> dict[str, float]:
-    """GNC2 (Liu et al. 2023): how evenly the directions of class vectors or centred means V (K, d) spread."""
-    return {
-        "gnc_riesz2_energy": float((torch.pdist(unit(V)) ** -2).mean()),  # inf where two directions are equal
-        "gnc_smallest_angle": smallest_angle(V),
-        "gnc_one_vs_rest": float(one_vs_rest_distance(V).min()),
-    }
 
 
 # %% ----------------------------------------------------------------------------------------------- Theory
@@ -838,9 +806,8 @@ class Flags(argparse.ArgumentParser):
 
     def _add_shared(self, names: list[str]) -> None:
         add = self.add_argument_group("shared by all scripts").add_argument
-        data = f"{', '.join(SPECS)}, folder:PATH; with lt long-tailed: cifar10lt"
-        precisions = ["auto", "fp32", "bf16"]
-        add("--dataset", default="digits", help=data)
+        choices = ["auto", "fp32", "bf16"]
+        add("--dataset", default="digits", help=f"{', '.join(SPECS)}, folder:PATH; long-tailed: cifar10lt")
         add("--data-dir", type=Path, default=Path("data"), help="where NAME.npz is kept and downloads go")
         add("--imbalance", type=float, default=100.0, help="lt: largest class over smallest")
         add("--profile", choices=["exp", "step"], default="exp", help="lt: shape of the long tail")
@@ -856,7 +823,7 @@ class Flags(argparse.ArgumentParser):
         add("--out", type=Path, default=Path("runs"), help="run folders: OUT/SCRIPT/DATASET/METHOD/seedS")
         add("--overwrite", action="store_true", help="train anew what is there, instead of going on with it")
         add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where it runs")
-        add("--precision", choices=precisions, default="auto", help="inside the network; auto: bf16 if fast")
+        add("--precision", choices=choices, default="auto", help="inside the network; auto: bf16 if fast")
         add("--compile", action="store_true", help="torch.compile the network; records CUDA graphs")
         add("--dry-run", action="store_true", help="two steps of everything, into OUT/dry-run")
         add("--synthetic", action="store_true", help="check the theory; trains no network")
@@ -884,9 +851,8 @@ def prepare_data(args: argparse.Namespace, per_class: int = 0) -> Dataset:
     if args.dry_run:  # two batches of training images or a few more, some of every class, as many test images
         n = max(2 * args.batch_size // len(data.classes), 2 * per_class)
         test = keep_per_class(data.test_y, n)
-        data = keep(data, keep_per_class(data.train_y, n))._replace(
-            test_x=data.test_x[test], test_y=data.test_y[test]
-        )
+        data = keep(data, keep_per_class(data.train_y, n))
+        data = data._replace(test_x=data.test_x[test], test_y=data.test_y[test])
     if args.device.type == "cpu" and data.train_x.shape[1] <= 16:
         torch.set_num_threads(1)  # on 8 x 8 images more threads are slower
     n = data.counts
@@ -945,17 +911,17 @@ def write_atomically(path: Path, write) -> None:
         write(part)
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        raise UserError(f"{path}: cannot be written ({error}); free space, or choose another") from None
+    finally:
         with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(f"{path}: cannot be written ({reason}); free space, or choose another") from None
+            part.unlink()
 
 
 class Run:
     """One run folder, OUT/SCRIPT/DATASET/METHOD/seedS: what was run, how it went, and where to go on.
 
-    Run(folder) reads what is there: `config`, `history` (the lines of metrics.jsonl), `finished` (the result,
-    or None). To train, take `runs`. Raises UserError for a file that cannot be read.
+    Run(folder) reads what is there: `config`, `history` (the lines of metrics.jsonl) and `finished` (the
+    result). None: not there. Raises UserError for a file that cannot be read.
     """
 
     FILES = ("result.json", "checkpoint.pt", "metrics.jsonl", "features.npz", "source.py", "config.json")
@@ -978,22 +944,16 @@ class Run:
     def _write(self, file: str, text: str) -> None:
         write_atomically(self.folder / file, lambda part: part.write_text(text))
 
-    def autocast(self) -> torch.autocast:
-        """bf16 inside the network, where --precision says so."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16")
-
     def prepare(self, model: torch.nn.ModuleDict) -> list[torch.nn.Module]:
-        """The model's parts as training calls them. Speed only: --compile, and torchrun's several GPUs.
-
-        Every rank has an equal share of a batch, so averaged gradients are exact; BatchNorm's statistics are
-        those of the whole batch on CUDA, of the share on a CPU.
-        """
+        """The model's parts as training calls them. Speed only: --compile, and torchrun's several GPUs."""
         if ranks()[1] > 1 and self.device.type == "cuda":
-            torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place, under the same names
+            torch.nn.SyncBatchNorm.convert_sync_batchnorm(
+                model
+            )  # in place; on CPUs statistics are the share's
         parts = list(model.values())
         for i, part in enumerate(parts):
             if ranks()[1] > 1 and any(p.requires_grad for p in part.parameters()):
-                parts[i] = torch.nn.parallel.DistributedDataParallel(part)
+                parts[i] = torch.nn.parallel.DistributedDataParallel(part)  # exact: shares are equal
         if self.args.compile:
             parts[0] = torch.compile(parts[0], mode="reduce-overhead")  # records CUDA graphs
         return parts
@@ -1007,7 +967,7 @@ class Run:
         first = self._restore(parts)
         self.total = total
         hide = ranks()[0] > 0 or None  # None: no bar where there is no terminal
-        bar = tqdm(range(first, total), initial=first, total=total, desc=self.title, disable=hide)
+        bar = tqdm(range(first, total), self.title, initial=first, total=total, disable=hide)
         for epoch in bar:
             began = time.perf_counter()
             self.losses = []
@@ -1052,10 +1012,7 @@ class Run:
     def _restore(self, parts: dict) -> int:
         """Load the last checkpoint into parts; how many epochs are done. The history is cut back to it."""
 
-        def load(path: Path) -> dict:
-            return torch.load(path, map_location="cpu", weights_only=True)  # tensors and numbers, no code
-
-        def restore(state: dict) -> int:
+        def load(state: dict) -> int:
             torch.set_rng_state(state["rng"])  # dropout draws from torch's own generator
             for name, part in parts.items():
                 if isinstance(part, Tensor):
@@ -1064,12 +1021,12 @@ class Run:
                     part.set_state(state[name])
                 else:
                     part.load_state_dict(state[name])
+            print(f"{self.title}: goes on after epoch {state['epoch']}")
             return state["epoch"]
 
-        epoch = self._read("checkpoint.pt", restore, load) or 0
+        unpack = functools.partial(torch.load, map_location="cpu", weights_only=True)  # no code
+        epoch = self._read("checkpoint.pt", load, unpack) or 0
         self.history = self.history[:epoch]
-        if epoch:
-            print(f"{self.title}: goes on after epoch {epoch}")
         return epoch
 
     def _save(self, epoch: int, parts: dict) -> None:
@@ -1094,8 +1051,7 @@ class Run:
         """Write result.json, last of all: its presence marks the run as finished."""
         result = {"method": self.name, "seed": self.config["seed"], "epochs": len(self.history)}
         tested = [line["accuracy"] for line in self.history if "accuracy" in line]
-        if tested:
-            result["best_accuracy"] = max(tested)
+        result["best_accuracy"] = max(tested, default=math.nan)
         result["seconds"] = sum(line["seconds"] for line in self.history)
         with first_rank_first():  # the other ranks have not tested
             self._write("result.json", json.dumps({**result, **measured}, indent=1))
@@ -1155,6 +1111,8 @@ def _open(folder: Path, args: argparse.Namespace, setting: dict, seed: int) -> R
     run.title = f"{run.name} seed {seed}"
     run.device = args.device
     run.fused = args.device.type == "cuda"  # for an optimiser: one kernel for all parameters
+    half = {"dtype": torch.bfloat16, "enabled": args.precision == "bf16"}  # inside the network only
+    run.autocast = functools.partial(torch.autocast, args.device.type, **half)
     if run.finished or (folder / "checkpoint.pt").exists():
         _compare(run, setting)
         return run
@@ -1190,11 +1148,8 @@ def finished_runs(args: argparse.Namespace, data: Dataset, jobs: dict[str, dict]
     names = list(jobs or args.method)
     differ = {flag for job in (jobs or {}).values() for flag in job}
     setting = {key: value for key, value in _setting(args, data, {}).items() if key not in differ}
-    same = []
-    for path in sorted(args.folder.glob("*/seed*/result.json")):
-        run = Run(path.parent)
-        if run.config and run.config.get("setting", {}).items() >= setting.items():
-            same.append(run)
+    there = [Run(path.parent) for path in sorted(args.folder.glob("*/seed*/result.json"))]
+    same = [run for run in there if (run.config or {}).get("setting", {}).items() >= setting.items()]
     names += sorted({run.name for run in same} - set(names))
     return sorted(same, key=lambda run: (names.index(run.name), run.config["seed"]))
 
@@ -1214,10 +1169,7 @@ def own_torch_settings() -> Iterator[None]:
 
 
 def command_line(main) -> None:
-    """Run main() and exit: 0, 1 after a failed claim, 2 after bad input (one line), 130 after Ctrl-C.
-
-    Does nothing in a notebook, where main(["--method", "ce"]) is called and returns results and folder.
-    """
+    """Run main() and exit: 0, 1 after a failed claim, 2 after bad input (one line), 130 after Ctrl-C."""
     if "ipykernel" in sys.modules:
         print('in a notebook: result = main(["--epochs", "5"])')
         return
@@ -1300,15 +1252,13 @@ def heat_maps(path: Path, maps: dict[str, np.ndarray], *, label: str, limits: tu
     columns = min(4, len(maps))
     rows = -(-len(maps) // columns)
     figure = Figure(figsize=(2.8 * columns + 1.2, 2.8 * rows + 0.5), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False)
     colours = "RdBu_r" if diverging else "viridis"
-    for plot in grid.flat[len(maps) :]:
-        plot.axis("off")
-    for plot, (name, values) in zip(grid.flat, maps.items(), strict=False):
+    for i, (name, values) in enumerate(maps.items()):
+        plot = figure.add_subplot(rows, columns, i + 1)
         image = plot.imshow(values, cmap=colours, interpolation="nearest", vmin=limits[0], vmax=limits[1])
         plot.set(**axes)
         plot.set_title(name, parse_math=False)  # a class name may hold a $
-    figure.colorbar(image, ax=grid, label=label)
+    figure.colorbar(image, ax=figure.axes, label=label)
     save_figure(path, figure)
 
 
@@ -1337,8 +1287,7 @@ UNITS = {"%": (1, 100), "°": (1, 1), "": (2, 1)}  # unit: digits after the poin
 def print_table(found: list[Run], columns: dict[str, tuple[str, str, str]], about: dict[str, str]) -> None:
     """A row per run name, mean ± std over its seeds; below it what the columns and the rows mean.
 
-    columns: {entry of result.json: (title, unit, meaning)}, `heads.own` for an entry of a dict. One that no
-    run has is left out. about: {run name: what it is}.
+    columns: {entry of result.json: (title, unit, meaning)}, `heads.own` for an entry of a dict.
     """
 
     def entry(run: Run, key: str) -> float | None:
