@@ -23,7 +23,6 @@ import math
 import os
 import platform
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -1407,16 +1406,11 @@ def ranks() -> tuple[int, int]:
 
 
 def join_ranks(device: torch.device) -> torch.device:
-    """This rank's own device, after meeting the other ranks. Raises UserError for fewer GPUs than ranks."""
-    if ranks()[1] == 1:
-        return device
-    if device.type == "cuda":
+    """This rank's own device, after meeting the other ranks."""
+    if ranks()[1] > 1 and device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        gpus = torch.cuda.device_count()
-        if device.index >= gpus:
-            raise UserError(f"torchrun: more processes than GPUs, {gpus}; lower --nproc-per-node")
         torch.cuda.set_device(device)
-    if not dist.is_initialized():
+    if ranks()[1] > 1 and not dist.is_initialized():
         wait = datetime.timedelta(days=1)  # the others wait while rank 0 reads data, tests and draws
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=wait)
     return device
@@ -1451,18 +1445,17 @@ positive = _number(float, lambda value: 0 < value < math.inf, "a number above 0"
 fraction = _number(float, lambda value: 0 <= value < 1, "a number from 0 to 1, 1 not included")
 
 
-def at_least(least: int, most: int = 2**63 - 1):
-    """argparse type: a whole number from least to most."""
-    limit = "" if most == 2**63 - 1 else f", {most} or less"
-    return _number(int, lambda value: least <= value <= most, f"{least} or more{limit}")
+def at_least(least: int):
+    """argparse type: a whole number, least or more."""
+    return _number(int, lambda value: least <= value < 2**63, f"{least} or more")
 
 
 def a_path(text: str) -> Path:
     """argparse type: a path, with ~ for the home folder."""
-    try:
-        return Path(text).expanduser()
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(f"{text}: there is no such user") from None
+    path = os.path.expanduser(text)
+    if path.startswith("~"):
+        raise argparse.ArgumentTypeError(f"{text}: there is no such user")
+    return Path(path)
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -1476,7 +1469,7 @@ class Flags(argparse.ArgumentParser):
     """
 
     def __init__(self, script: str, about: str | None):
-        title = (about or "").partition("\n")[0]
+        title = (about or "").partition("\n")[0]  # None under python -OO
         super().__init__(f"{script}.py", None, title, formatter_class=_Help, allow_abbrev=False)
         self.script = script
 
@@ -1491,20 +1484,23 @@ class Flags(argparse.ArgumentParser):
         methods: {name: what it is}. usual: those without --method. recipes: {data set: {flag: default}}, ""
         for all; --dataset is read first. defaults: of shared flags, the same for all data sets.
         """
-        own = set(vars(self.parse_args([])))  # the chapter's flags; it has no required ones
+        own = set(vars(self.parse_args([])))  # the chapter's flags, of which none is required
         self._add_shared([*methods, "all"])
         self.epilog = "\n".join(["methods:", *(f"  {name:<18}{what}" for name, what in methods.items())])
         self.set_defaults(method=usual, **defaults)
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         first.add_argument("--dataset", nargs="?", default=self.get_default("dataset"))
-        name = first.parse_known_args(argv)[0].dataset or ""
-        base = name.partition(":")[0].removesuffix("lt")
+        base = str(first.parse_known_args(argv)[0].dataset).partition(":")[0].removesuffix("lt")
         self.set_defaults(**recipes[""] | recipes.get(base, {}))
         args = self.parse_args(argv)
+        split_name(args.dataset)
+        started = [name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")]
+        if any(started[:2]) and not all(started):
+            raise UserError("RANK or WORLD_SIZE is set, but torchrun did not start this; unset both")
+        if ranks()[1] > 1 and self.script not in ("bmls_msclf", "etf_dr"):
+            raise UserError(f"torchrun: {self.script}.py is for one process; bmls_msclf.py and etf_dr.py go")
         args.script = self.script
         args.compared = sorted(own | COMPARED)
-        _check_ranks(args)
-        split_name(args.dataset)
         args.method = list(methods) if "all" in args.method else list(dict.fromkeys(args.method))
         args.seed = list(dict.fromkeys(args.seed))
         if args.dry_run:
@@ -1517,7 +1513,7 @@ class Flags(argparse.ArgumentParser):
     def _add_shared(self, names: list[str]) -> None:
         add = self.add_argument_group("shared by all scripts").add_argument
         data = f"{', '.join(SPECS)}, folder:PATH; with lt long-tailed: cifar10lt"
-        seed = at_least(0, 2**32 - 1)
+        precisions = ["auto", "fp32", "bf16"]
         add("--dataset", default="digits", help=data)
         add("--data-dir", type=a_path, default=Path("data"), help="where NAME.npz is kept and downloads go")
         add("--imbalance", type=positive, default=100.0, help="lt: largest class over smallest")
@@ -1525,7 +1521,7 @@ class Flags(argparse.ArgumentParser):
         add("--image-size", type=at_least(1), default=32, help="folder: pixels")
         add("--test-share", type=fraction, default=0.0, help="folder without train/, test/: to test on")
         add("--method", nargs="+", choices=names, metavar="M", help="one or more, or all; see below")
-        add("--seed", type=seed, nargs="+", default=[0], help="one or more; of weights, order and crops")
+        add("--seed", type=at_least(0), nargs="+", default=[0], help="one or more; of weights and crops")
         add("--epochs", type=at_least(1), help="passes over the training images")
         add("--batch-size", type=at_least(2), help="images per step")
         add("--lr", type=positive, help="peak learning rate")
@@ -1534,7 +1530,6 @@ class Flags(argparse.ArgumentParser):
         add("--out", type=a_path, default=Path("runs"), help="run folders: OUT/SCRIPT/DATASET/METHOD/seedS")
         add("--overwrite", action="store_true", help="train anew what is there, instead of going on with it")
         add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where it runs")
-        precisions = ["auto", "fp32", "bf16"]
         add("--precision", choices=precisions, default="auto", help="inside the network; auto: bf16 if fast")
         add("--compile", action="store_true", help="torch.compile the network; records CUDA graphs")
         add("--dry-run", action="store_true", help="two steps of everything, into OUT/dry-run")
@@ -1544,14 +1539,6 @@ class Flags(argparse.ArgumentParser):
 # Shared flags that decide what is computed: with other values a run is another one. A chapter's own all do.
 COMPARED = {"dataset", "imbalance", "profile", "image_size", "test_share", "epochs", "batch_size", "lr"}
 COMPARED |= {"weight_decay", "eval_every", "precision", "compile"}
-
-
-def _check_ranks(args: argparse.Namespace) -> None:
-    present = [name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")]
-    if any(present[:2]) and not all(present):
-        raise UserError("RANK or WORLD_SIZE is set, but torchrun did not start this; unset both")
-    if ranks()[1] > 1 and args.script not in ("bmls_msclf", "etf_dr"):
-        raise UserError(f"torchrun: {args.script}.py runs in one process; only bmls_msclf.py and etf_dr.py")
 
 
 def prepare_data(args: argparse.Namespace, per_class: int = 0) -> Dataset:
@@ -1581,28 +1568,24 @@ def prepare_data(args: argparse.Namespace, per_class: int = 0) -> Dataset:
 def pick_device(name: str) -> torch.device:
     """`auto` is CUDA, else Apple's MPS, else the CPU. Raises UserError for a device that is not there."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(n for n, works in available.items() if works)
-    if not available[name]:
+    if not available.get(name, True):
         raise UserError(f"--device {name}: not available here; use --device auto")
-    return torch.device(name)
+    return torch.device(next(n for n, works in available.items() if works) if name == "auto" else name)
 
 
 def _cpu_info() -> str:
     """What Linux knows of the processor; empty elsewhere."""
-    with contextlib.suppress(OSError):
-        return Path("/proc/cpuinfo").read_text()
-    return ""
+    return Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
 
 
 def pick_precision(name: str, device: torch.device) -> str:
     """`auto` is bf16 where hardware multiplies it fast (CUDA; CPUs with AMX or AVX512-BF16), else fp32."""
     if name != "auto":
         return name
-    fast = device.type == "cpu" and {"amx_bf16", "avx512_bf16"} & set(_cpu_info().split())
     if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported()
-    return "bf16" if fast else "fp32"
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    fast = {"amx_bf16", "avx512_bf16"} & set(_cpu_info().split())
+    return "bf16" if fast and device.type == "cpu" else "fp32"
 
 
 def hardware(device: torch.device) -> str:
@@ -1610,20 +1593,17 @@ def hardware(device: torch.device) -> str:
     times = f"{ranks()[1]} x " if ranks()[1] > 1 else ""
     if device.type == "cuda":
         return times + torch.cuda.get_device_name(device)
-    found = re.search(r"model name\s*:\s*(.+)", _cpu_info())
-    model = found[1].strip() if found else platform.processor() or platform.machine()
-    return f"{times}{model}, {torch.get_num_threads()} threads"
+    model = re.search(r"model name\s*:\s*(.+)", _cpu_info())
+    return f"{times}{model[1] if model else platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def _git_commit(folder: Path) -> str:
     """The commit of the code that runs, with + where files differ from it; `unknown` outside a checkout."""
-    git = ["git", "-C", str(folder)]
-    describe = [*git, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
-    options = {"capture_output": True, "text": True, "timeout": 10, "check": True}
+    describe = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
+    if not (folder / ".git").exists():  # nor in a copy inside another repository
+        return "unknown"
     try:
-        top = subprocess.run([*git, "rev-parse", "--show-toplevel"], **options).stdout.strip()
-        inside_another = Path(top).resolve() != folder.resolve()  # a copy in somebody's own repository
-        return "unknown" if inside_another else subprocess.run(describe, **options).stdout.strip()
+        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 
@@ -1641,40 +1621,23 @@ def write_atomically(path: Path, write) -> None:
         write(part)
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
-        instead = "free space, or choose another --out or --data-dir"
-        raise UserError(f"{path}: cannot be written ({reason}); {instead}") from None
-    finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"{path}: cannot be written ({reason}); free space, or choose another") from None
 
 
 def to_json(content, **layout) -> str:
-    """Strict JSON, which knows no nan and no infinity: both become null."""
-    text = json.dumps(content, default=str)
-    return json.dumps(json.loads(text, parse_constant=lambda _: None), **layout)
-
-
-def from_json(text: str):
-    """What to_json wrote, with nan for null. Raises ValueError for what is no JSON."""
-
-    def read(value):
-        if isinstance(value, dict):
-            return {key: read(v) for key, v in value.items()}
-        if isinstance(value, list):
-            return [read(v) for v in value]
-        return math.nan if value is None else value
-
-    return read(json.loads(text))
+    """JSON of numbers, text, lists, dicts and paths; what is not defined is NaN, as Python reads it."""
+    return json.dumps(content, default=str, **layout)
 
 
 class Run:
     """One run folder, OUT/SCRIPT/DATASET/METHOD/seedS: what was run, how it went, and where to go on.
 
-        config.json     flags, data, commit, versions, hardware   source.py       the script as it was run
-        metrics.jsonl   one line per epoch                        result.json     its presence marks the run
-        checkpoint.pt   tensors, numbers, generator states                        as finished
-        features.npz    what nc_metrics.py reads
+        config.json     flags, data, commit, versions   source.py       the script as it was run
+        metrics.jsonl   one line per epoch              checkpoint.pt   tensors, numbers, generator states
+        features.npz    what nc_metrics.py reads        result.json     its presence: the run is finished
 
     Run(folder) reads what is there: `config`, `history` (the lines), `finished` (the result, or None). To
     train, take `runs`. Raises UserError for a file that cannot be read.
@@ -1686,19 +1649,20 @@ class Run:
         self.folder = Path(folder)
         self.name = self.folder.parent.name
         self.config = self._read("config.json", json.loads)  # a flag that was not given stays None
-        self.finished = self._read("result.json", from_json)
-        lines = self._read("metrics.jsonl", lambda text: [from_json(line) for line in text.splitlines()])
+        self.finished = self._read("result.json", json.loads)
+        lines = self._read("metrics.jsonl", lambda text: [json.loads(line) for line in text.splitlines()])
         self.history = lines or []
 
-    def _read(self, file: str, parse):
+    def _read(self, file: str, parse, unpack=Path.read_text):
+        """parse(unpack(path)) of one of the files, None where it is missing."""
         path = self.folder / file
         try:
-            return parse(path.read_text()) if path.exists() else None
-        except (OSError, ValueError):
-            raise self._unreadable(path) from None
+            return parse(unpack(path)) if path.exists() else None
+        except Exception:  # zip, json and torch raise many kinds for a damaged file; to the user they are one
+            raise UserError(f"{path}: cannot be read; --overwrite the run, or change --out") from None
 
-    def _unreadable(self, path: Path) -> UserError:
-        return UserError(f"{path}: cannot be read; --overwrite the run, or choose another --out")
+    def _write(self, file: str, text: str) -> None:
+        write_atomically(self.folder / file, lambda part: part.write_text(text))
 
     @property
     def fused(self) -> bool | None:
@@ -1718,10 +1682,9 @@ class Run:
         if ranks()[1] > 1 and self.device.type == "cuda":
             torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place, under the same names
         parts = list(model.values())
-        if ranks()[1] > 1:
-            for i, part in enumerate(parts):
-                if any(p.requires_grad for p in part.parameters()):
-                    parts[i] = torch.nn.parallel.DistributedDataParallel(part)
+        for i, part in enumerate(parts):
+            if ranks()[1] > 1 and any(p.requires_grad for p in part.parameters()):
+                parts[i] = torch.nn.parallel.DistributedDataParallel(part)
         if self.args.compile:
             parts[0] = torch.compile(parts[0], mode="reduce-overhead")  # records CUDA graphs
         return parts
@@ -1742,16 +1705,12 @@ class Run:
             self.losses = []
             self.line = {}
             yield epoch
-            line = {"epoch": epoch + 1, "loss": self._mean_loss(epoch, parts), **self.line}
+            line = {"epoch": epoch + 1, "loss": self._mean_loss(epoch, parts["model"]), **self.line}
             line["seconds"] = time.perf_counter() - began
             self.history.append(line)
-            text = "".join(to_json(entry) + "\n" for entry in self.history)
-            write_atomically(self.folder / "metrics.jsonl", lambda part, text=text: part.write_text(text))
+            self._write("metrics.jsonl", "".join(to_json(entry) + "\n" for entry in self.history))
             self._save(epoch + 1, parts)
             bar.set_postfix({key: f"{line[key]:.3f}" for key in ("loss", "accuracy") if key in line})
-            minutes = line["seconds"] * (total - first - 1) / 60
-            if epoch == first and bar.disable and minutes > 1:
-                print(f"{self.title}: about {minutes:.0f} more minutes", flush=True)
 
     def is_test_epoch(self, epoch: int) -> bool:
         """Every --eval-every epochs, and after the last one. Under torchrun rank 0 tests, the others wait."""
@@ -1766,33 +1725,29 @@ class Run:
         """Add numbers to this epoch's line of metrics.jsonl."""
         self.line |= numbers
 
-    def _mean_loss(self, epoch: int, parts: dict) -> float:
+    def _mean_loss(self, epoch: int, model: torch.nn.Module) -> float:
         losses = torch.stack(self.losses)
         if ranks()[1] > 1:
             dist.all_reduce(losses)
             losses /= ranks()[1]
-        wrong = ""
-        if not losses.isfinite().all():
-            step = int((~losses.isfinite()).nonzero()[0]) + 1
-            wrong = f"the loss is not finite in epoch {epoch + 1}, step {step}"
-        modules = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
-        if not all(value.isfinite().all() for part in modules for value in part.state_dict().values()):
-            wrong = wrong or f"after epoch {epoch + 1} a weight is not finite"
-        if wrong:
-            kept = f"epoch {epoch}, {self.folder / 'checkpoint.pt'}" if epoch else "none"
-            raise UserError(
-                f"{self.title}: {wrong}; lower --lr and --overwrite. Last good checkpoint: {kept}"
-            )
+        broken = (~losses.isfinite()).nonzero().flatten().tolist()
+        if broken:
+            self._stop(epoch, f"the loss is not finite in epoch {epoch + 1}, step {broken[0] + 1}")
+        if not all(value.isfinite().all() for value in model.state_dict().values()):
+            self._stop(epoch, f"a weight is not finite after epoch {epoch + 1}")
         return float(losses.mean())
+
+    def _stop(self, epoch: int, reason: str):
+        kept = f"epoch {epoch}, {self.folder / 'checkpoint.pt'}" if epoch else "none"
+        raise UserError(f"{self.title}: {reason}; lower --lr, --overwrite. Last good checkpoint: {kept}")
 
     def _restore(self, parts: dict) -> int:
         """Load the last checkpoint into parts; how many epochs are done. The history is cut back to it."""
-        path = self.folder / "checkpoint.pt"
-        if not path.exists():
-            self.history = []
-            return 0
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)  # tensors and numbers, no code
+
+        def load(path: Path) -> dict:
+            return torch.load(path, map_location="cpu", weights_only=True)  # tensors and numbers, no code
+
+        def restore(state: dict) -> int:
             torch.set_rng_state(state["rng"])  # dropout draws from torch's own generator
             for name, part in parts.items():
                 if isinstance(part, Tensor):
@@ -1801,11 +1756,13 @@ class Run:
                     part.set_state(state[name])
                 else:
                     part.load_state_dict(state[name])
-        except Exception:  # torch raises many kinds for a damaged file; to the user they are one
-            raise self._unreadable(path) from None
-        self.history = self.history[: state["epoch"]]
-        print(f"{self.title}: goes on after epoch {state['epoch']}")
-        return state["epoch"]
+            return state["epoch"]
+
+        epoch = self._read("checkpoint.pt", restore, load) or 0
+        self.history = self.history[:epoch]
+        if epoch:
+            print(f"{self.title}: goes on after epoch {epoch}")
+        return epoch
 
     def _save(self, epoch: int, parts: dict) -> None:
         state = {"epoch": epoch, "rng": torch.get_rng_state()}
@@ -1817,46 +1774,34 @@ class Run:
     def save_features(self, **arrays: Tensor) -> None:
         """features.npz: train_h (N, d), train_y, test_h, test_y, W (K, d), as numpy arrays.
 
-        Raises UserError for a value that is not finite: the last steps have destroyed the network.
+        Raises UserError for features that are not finite: the last steps have destroyed the network.
         """
-        wrong = [name for name, values in arrays.items() if name != "energy" and not values.isfinite().all()]
-        if wrong:
-            raise UserError(f"{self.title}: {wrong[0]} is not finite after training; lower --lr, --overwrite")
+        if not arrays["train_h"].isfinite().all():
+            self._stop(len(self.history), "features are not finite after the last epoch")
         as_numpy = {name: value.detach().cpu().numpy() for name, value in arrays.items()}
         write_atomically(self.folder / "features.npz", lambda part: np.savez(part, **as_numpy))
 
     def load_features(self) -> dict[str, np.ndarray]:
-        """What save_features wrote. Raises UserError where the file is missing or damaged."""
-        path = self.folder / "features.npz"
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                return dict(file)
-        except Exception:  # zip, zlib and the header's parser raise many kinds
-            raise self._unreadable(path) from None
+        """What save_features wrote. Raises UserError where the file is damaged."""
+        return self._read("features.npz", dict, lambda path: np.load(path, allow_pickle=False))
 
     def finish(self, measured: dict) -> None:
         """Write result.json, last of all: its presence marks the run as finished."""
-        result = {"method": self.name, "seed": self.seed, "epochs": len(self.history)}
+        result = {"method": self.name, "seed": self.config["seed"], "epochs": len(self.history)}
         tested = [line["accuracy"] for line in self.history if "accuracy" in line]
         if tested:
             result["best_accuracy"] = max(tested)
         result["seconds"] = sum(line["seconds"] for line in self.history)
-        result |= measured
         with first_rank_first():  # the other ranks have not tested
-            text = to_json(result, indent=1)
-            write_atomically(self.folder / "result.json", lambda part: part.write_text(text))
-            self.finished = self._read("result.json", from_json)
+            self._write("result.json", to_json({**result, **measured}, indent=1))
+            self.finished = self._read("result.json", json.loads)
 
     def other_code(self) -> str:
-        """Which file has changed since this run began: the script's name, common.py, or nothing."""
+        """Which file has changed since this run began: the script, common.py, or none ("")."""
         script = Path(__file__).with_name(f"{self.config['script']}.py")
         if self._read("source.py", str) != script.read_text():
             return script.name
-        return "" if self.config["common"] == _checksum(Path(__file__)) else "common.py"
-
-
-def _checksum(path: Path) -> str:
-    return f"{zlib.crc32(path.read_bytes()):08x}"
+        return "" if self.config["common"] == zlib.crc32(Path(__file__).read_bytes()) else "common.py"
 
 
 def runs(args: argparse.Namespace, data: Dataset, jobs: dict[str, dict] | None = None) -> Iterator[Run]:
@@ -1870,104 +1815,135 @@ def runs(args: argparse.Namespace, data: Dataset, jobs: dict[str, dict] | None =
     jobs = jobs or {name: {} for name in args.method}
     for (name, job), seed in itertools.product(jobs.items(), args.seed):
         folder = args.folder / name / f"seed{seed}"
-        if not Run(folder).finished or args.overwrite:
-            with _owner(folder):
-                with first_rank_first():
-                    run = _open(folder, args, name, seed, job, data)
-                if not run.finished:
-                    yield run
-        else:
-            _open(folder, args, name, seed, job, data)
-
-
-@contextlib.contextmanager
-def _owner(folder: Path) -> Iterator[None]:
-    """Holds the run folder for this process; the lock goes when the process dies. Raises UserError."""
-    if ranks()[0]:
-        yield
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(folder / ".lock")
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise UserError(f"{folder}: another command is at work here; wait, or choose another --out") from None
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another --out") from None
-    try:
-        for left in folder.glob(".*.part*"):  # what a kill left behind
-            left.unlink()
-        yield
-    finally:
+        with first_rank_first():
+            lock = _take(folder)
+            run = _open(folder, args, seed, job, data)
+        if not run.finished:
+            yield run
         lock.release()
 
 
-def _open(folder: Path, args: argparse.Namespace, name: str, seed: int, job: dict, data: Dataset) -> Run:
-    """The run in this folder: a new one, described by config.json, or the one that is there, compared."""
-    flags = {key: getattr(args, key) for key in args.compared if key not in job}
-    about = {"script": args.script, "method": name, "seed": seed, "flags": flags, "job": job}
-    about = json.loads(to_json({**about, "data": data.fingerprint}))
+def _take(folder: Path) -> filelock.FileLock:
+    """Take the run folder for this process; the lock goes when the process dies. Raises UserError."""
+    lock = filelock.FileLock(folder / ".lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not ranks()[0]:
+            lock.acquire(timeout=0)
+            for left in folder.glob(".*.part*"):  # what a kill left behind
+                left.unlink()
+    except filelock.Timeout:
+        raise UserError(f"{folder}: another command is at work here; wait, or change --out") from None
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); change --out") from None
+    return lock
+
+
+def _open(folder: Path, args: argparse.Namespace, seed: int, job: dict, data: Dataset) -> Run:
+    """The run in this folder: the one that is there, compared, or a new one with its config.json."""
     if args.overwrite and not ranks()[0]:
         for file in Run.FILES:  # the result first: what a kill leaves behind is no finished run
             (folder / file).unlink(missing_ok=True)
     run = Run(folder)
     run.args = args
     run.seed = seed
-    run.title = f"{name} seed {seed}"
+    run.title = f"{run.name} seed {seed}"
     run.device = args.device
+    flags = {key: getattr(args, key) for key in args.compared if key not in job}
+    about = {"script": args.script, "seed": seed, "flags": flags, "job": job, "data": data.fingerprint}
+    about = json.loads(to_json(about))
     if run.finished or (folder / "checkpoint.pt").exists():
         _check_same(run, about)
-    else:
-        _describe(run, about)
+        return run
+    source = Path(__file__).resolve().with_name(f"{args.script}.py")
+    run.config = {**about, "commit": _git_commit(source.parent)}
+    run.config["common"] = zlib.crc32(Path(__file__).read_bytes())
+    run.config |= {"hardware": hardware(run.device), "threads": torch.get_num_threads()}
+    run.config |= {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "numpy")}
+    run._write("source.py", source.read_text())
+    run._write("config.json", to_json(run.config, indent=1))
     return run
 
 
 def _check_same(run: Run, about: dict) -> None:
-    instead = "--overwrite it, or choose another --out"
-    if run.config is None or not {"script", "data", "common"} <= run.config.keys():
-        raise UserError(f"{run.folder}: a run that this version cannot read is here; {instead}")
-    before = {**run.config["flags"], **run.config["job"]}
-    for flag, new in {**about["flags"], **about["job"]}.items():
+    """Raises UserError for other flags, data, or, where the run is not finished, other code."""
+    instead = "--overwrite it, or change --out"
+    if run.config is None or "common" not in run.config:
+        raise UserError(f"{run.folder}: not a run of this version; {instead}")
+    before = {**run.config["flags"], **run.config["job"], "data": run.config["data"]}
+    for flag, new in {**about["flags"], **about["job"], "data": about["data"]}.items():
         if before.get(flag) != new:
-            name = f"--{flag.replace('_', '-')}"
+            name = flag if flag == "data" else f"--{flag.replace('_', '-')}"
             raise UserError(f"{run.folder}: was run with {name} {before.get(flag)}, not {new}; {instead}")
-    if run.config["data"] != about["data"]:
-        found = f"{run.config['data']}, not {about['data']}"
-        raise UserError(f"{run.folder}: was run on other data ({found}); {instead}")
     other = run.other_code()
+    if other and not run.finished:
+        raise UserError(f"{run.folder}: was begun with another version of {other}; {instead}")
     if run.finished:
         made = f", with another version of {other}" if other else ""
         print(f"{run.title}: finished before{made}; --overwrite trains it anew")
-    elif other:
-        raise UserError(f"{run.folder}: was begun with another version of {other}; {instead}")
-
-
-def _describe(run: Run, about: dict) -> None:
-    """Write source.py and config.json, before the first epoch."""
-    source = Path(__file__).resolve().with_name(f"{run.args.script}.py")
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    versions["torchvision"] = importlib.metadata.version("torchvision")  # to import it would take seconds
-    run.config = {**about, "common": _checksum(Path(__file__)), "commit": _git_commit(source.parent)}
-    run.config |= {"versions": versions, "hardware": hardware(run.device), "threads": torch.get_num_threads()}
-    text = to_json(run.config, indent=1)
-    write_atomically(run.folder / "source.py", lambda part: shutil.copyfile(source, part))
-    write_atomically(run.folder / "config.json", lambda part: part.write_text(text))
 
 
 def finished_runs(args: argparse.Namespace, data: Dataset, jobs: dict[str, dict] | None = None) -> list[Run]:
-    """Every finished run of args.folder with these flags and data, of whatever method and seed.
+    """Every finished run of args.folder with these flags and these data, of whatever method and seed.
 
-    So a later call with fewer methods draws no fewer curves. In the order of this call's methods; a run of
-    other flags, other data or other data order is not among them.
+    So a later call with fewer methods draws no fewer curves. In the order of this call's methods.
     """
-    names = list(jobs or dict.fromkeys(args.method))
-    aside = {flag for job in (jobs or {}).values() for flag in job}
-    flags = {key: getattr(args, key) for key in args.compared if key not in aside}
-    flags = json.loads(to_json(flags))
-    found = [Run(path.parent) for path in sorted(args.folder.glob("*/seed*/result.json"))]
-    same = [run for run in found if run.config["flags"] == flags and run.config["data"] == data.fingerprint]
+    names = list(jobs or args.method)
+    differ = {flag for job in (jobs or {}).values() for flag in job}
+    flags = json.loads(to_json({key: getattr(args, key) for key in args.compared if key not in differ}))
+    same = []
+    for path in sorted(args.folder.glob("*/seed*/result.json")):
+        run = Run(path.parent)
+        if run.config["flags"] == flags and run.config["data"] == data.fingerprint:
+            same.append(run)
     names += sorted({run.name for run in same} - set(names))
     return sorted(same, key=lambda run: (names.index(run.name), run.config["seed"]))
+
+
+@contextlib.contextmanager
+def own_torch_settings() -> Iterator[None]:
+    """Above a script's main: float32 by default inside, and the process's settings as before afterwards."""
+    threads = torch.get_num_threads()
+    dtype = torch.get_default_dtype()
+    benchmark = torch.backends.cudnn.benchmark
+    torch.set_default_dtype(torch.float32)
+    torch.backends.cudnn.benchmark = True  # batches come in few shapes: let cuDNN try its algorithms
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(dtype)
+        torch.backends.cudnn.benchmark = benchmark
+
+
+def command_line(main) -> None:
+    """Run main() and exit: 0, 1 after a failed claim, 2 after bad input (one line), 130 after Ctrl-C.
+
+    Does nothing in a notebook, where main(["--method", "ce"]) is called and returns results and folder.
+    """
+    if "ipykernel" in sys.modules:
+        print('in a notebook: result = main(["--epochs", "5"])')
+        return
+    if ranks()[0]:
+        sys.stdout = open(os.devnull, "w")  # only rank 0 prints
+    sys.stdout.reconfigure(errors="replace")  # a class name may not exist in the terminal's encoding
+    try:
+        result = main()
+    except UserError as error:
+        time.sleep(5 if ranks()[0] else 0)  # a rank that is still alive then has failed alone, so it reports
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        without = " without --overwrite" if "--overwrite" in sys.argv else ""
+        print(f"\ninterrupted; the same command{without} goes on after the last whole epoch", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(1 if result.get("ok") is False else 0)
 
 
 # %% ---------------------------------------------------------------------------------------------- Figures
@@ -2120,54 +2096,3 @@ def print_table(found: list[Run], columns: dict[str, tuple[str, str, str]], abou
     except UnicodeEncodeError:
         text = text.replace("±", "+-")
     print(text)
-
-
-@contextlib.contextmanager
-def own_torch_settings() -> Iterator[None]:
-    """Above a script's main: float32 by default inside, and the process's settings as before afterwards."""
-    threads = torch.get_num_threads()
-    dtype = torch.get_default_dtype()
-    benchmark = torch.backends.cudnn.benchmark
-    state = torch.get_rng_state()
-    torch.set_default_dtype(torch.float32)
-    torch.backends.cudnn.benchmark = True  # batches come in few shapes: let cuDNN try its algorithms
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        torch.set_default_dtype(dtype)
-        torch.backends.cudnn.benchmark = benchmark
-        torch.set_rng_state(state)
-
-
-def command_line(main) -> None:
-    """Run main() and exit: 0, 1 after a failed claim, 2 after bad input (one line), 130 after Ctrl-C.
-
-    Does nothing in a notebook, where main(["--method", "ce"]) is called and returns results and folder.
-    """
-    if "ipykernel" in sys.modules:
-        print('in a notebook: result = main(["--epochs", "5"])')
-        return
-    if ranks()[0]:
-        sys.stdout = open(os.devnull, "w")  # only rank 0 prints
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a class name may not exist in the terminal's encoding
-    try:
-        result = main()
-    except UserError as error:
-        time.sleep(5 if ranks()[0] else 0)  # a rank that is still alive then has failed alone, so it reports
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        without = " without --overwrite" if "--overwrite" in sys.argv else ""
-        print(f"\ninterrupted; the same command{without} goes on after the last whole epoch", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except Exception:
-        time.sleep(5 if ranks()[0] else 0)  # torchrun ends it before, where rank 0 has failed first
-        raise
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    sys.exit(1 if result.get("ok") is False else 0)
