@@ -76,8 +76,9 @@ def simplex_etf(K: int, d: int, generator: torch.Generator | None = None) -> Ten
 # ## Cross-entropy: a pull and a push
 # $$ L_{CE} = -\log p_y, \quad p = \mathrm{softmax}(W h), \qquad \frac{\partial L_{CE}}{\partial h} =
 #    \underbrace{-(1 - p_y)\, w_y}_{pull} + \underbrace{\sum_{k \neq y} p_k w_k}_{push} $$
-# $$ \frac{\partial L_{CE}}{\partial w_k} = \frac{1}{B} \Big[ \underbrace{-\sum_{y_i = k} (1 - p_{ik})\, h_i}_{pull}
-#    + \underbrace{\sum_{y_i \neq k} p_{ik}\, h_i}_{push} \Big] $$
+# $$ \frac{\partial L_{CE}}{\partial w_k} = \frac{1}{B} \Big[
+#    \underbrace{-\sum_{y_i = k} (1 - p_{ik})\, h_i}_{pull} +
+#    \underbrace{\sum_{y_i \neq k} p_{ik}\, h_i}_{push} \Big] $$
 # [Yang et al. 2022] The pull on the vector of a rare class has few terms, the push has many. Two rare
 # classes are pushed by the same features with almost the same p, so that their vectors move alike.
 
@@ -88,7 +89,7 @@ def cross_entropy_loss(h: Tensor, W: Tensor, y: Tensor, weight: Tensor | None = 
 
     h (B, d), W (K, d), y (B,). weight (B,): of each sample's loss, 1 if not given.
     """
-    loss = F.cross_entropy(h @ W.T.to(h.dtype), y, reduction="none")  # (B, d) @ (d, K) -> (B, K); (B,)
+    loss = F.cross_entropy(h @ W.T.to(h.dtype), y, reduction="none")  # (B, K) -> (B,)
     return loss.mean() if weight is None else (weight * loss).mean()
 
 
@@ -236,21 +237,20 @@ def draw_simplex(path: Path) -> None:
     from matplotlib.figure import Figure
 
     simplex = simplex_etf(3, 2, torch.Generator().manual_seed(1))
-    pictures = {"fixed, whatever the sizes": simplex}
+    pictures = {"fixed, any class sizes": simplex}
     for ratio in (3, 100):
         W, _ = learnable_optimum([1, 1, ratio], 1, 1)
         U, _, Vh = torch.linalg.svd(W.T @ simplex, full_matrices=False)
         pictures[f"learnt, {ratio} to 1"] = W @ U @ Vh  # turned to lie along the fixed one
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    lines = [("rare", 1, 10), ("other rare", 6, 3), ("common", 0, 10)]  # thin: seen on top of another one
     for plot, (title, V) in zip(figure.subplots(1, 3), pictures.items(), strict=True):
         plot.fill(*V.T.tolist(), fill=False, edgecolor="0.8")  # the triangle of their tips
-        for k, name in enumerate(("rare", "other rare", "common")):
-            width = (8, 3, 8)[k]  # thin: seen on top of another one
-            plot.plot([0, V[k, 0]], [0, V[k, 1]], color=common.COLOURS[(1, 5, 0)[k]], lw=width, label=name)
+        for (x, y), (name, colour, width) in zip(V.tolist(), lines, strict=True):
+            plot.plot([0, x], [0, y], color=common.COLOURS[colour], lw=width, label=name)
         cosine = common.mean_pairwise_cosine(V, torch.tensor([0, 1]))
         plot.set_title(f"{title}\ncosine of the rare: {cosine:.2f}", fontsize=17)
-        plot.set(aspect="equal", xlim=(-1.5, 1.5), ylim=(-1.5, 1.5))
-        plot.axis("off")
+        plot.set(aspect="equal", xlim=(-1.5, 1.5), ylim=(-1.2, 0.8), xticks=[], yticks=[], frame_on=False)
     handles = plot.get_legend_handles_labels()
     figure.legend(*handles, ncols=3, loc="outside lower center", fontsize=17, frameon=False)
     common.save_figure(path, figure)
@@ -338,7 +338,7 @@ class LearnableHead(nn.Module):
 
     def __init__(self, K: int, d: int):
         super().__init__()
-        self.W = nn.Parameter(torch.empty(K, d).uniform_(-1, 1) / math.sqrt(d))  # nn.Linear's default start
+        self.W = nn.Parameter(torch.empty(K, d).uniform_(-1, 1) / math.sqrt(d))  # as nn.Linear
 
     def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
         return h.float(), self.W
@@ -543,12 +543,12 @@ def measure(model: nn.ModuleDict, data: common.Dataset, run: common.Run) -> dict
 
 COLUMNS = {  # entry of result.json: title, unit, what it is
     "accuracy": ("accuracy", "%", "of the test images after the last epoch"),
-    "best_accuracy": ("best", "%", "highest accuracy of the tested epochs, chosen on the test set"),
+    "best_accuracy": ("best", "%", "highest of the tested epochs, chosen on the test set"),
     "train_accuracy": ("train", "%", "of the training images, unaugmented"),
     "few": ("few", "%", "of the test images of the few, the rarest classes"),
     "heads.nearest_mean": ("nearest mean", "%", "by the nearest class mean of the same features"),
-    "heads.logit_adjustment": ("adjusted", "%", "logit adjustment: log n_k off the logits, if W is learnt"),
-    "minority_cosine_W": ("cosine", "", "mean, of the few's class vectors; 1: collapse, -1/(K-1): a simplex"),
+    "heads.logit_adjustment": ("adjusted", "%", "by logit adjustment: log n_k off learnt logits"),
+    "minority_cosine_W": ("cosine", "", "of the few's class vectors; 1: collapse, -1/(K-1): simplex"),
 }
 
 
@@ -564,7 +564,7 @@ def draw_figures(folder: Path, runs: list[common.Run]) -> None:
         tested = [[line for line in run.history if "accuracy" in line] for run in of_method]
         accuracy = np.mean([[100 * line["accuracy"] for line in lines] for lines in tested], axis=0)
         progress[name] = [line["epoch"] for line in tested[0]], accuracy
-        title = "fixed simplex ETF" if method.fixed else name  # which is the same for all methods
+        title = "fixed simplex ETF" if method.fixed else name  # the same for all
         cosine = common.mean_std([of_method[0].finished["minority_cosine_W"]])
         W = torch.from_numpy(of_method[0].load_features()["W"][order])
         maps[f"{title}: few {cosine}"] = common.cosines(W).fill_diagonal_(math.nan).numpy()
@@ -587,9 +587,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = flags.add_argument
     add("--net", choices=["resnet32", "cnn"], help="network")
     add("--width", type=common.at_least(1), help="resnet32: channels times this")
-    lengths = "dr: lengths sqrt(gamma / n_k) in each batch, as released: inverse-frequency weights"
-    add("--class-length", choices=["on", "off"], default="on", help=lengths)
-    add("--reweight", choices=["on", "off"], default="off", help="ce: the same weights for its samples")
+    on_off = ["on", "off"]
+    add("--class-length", choices=on_off, default="on", help="dr: weights of inverse class frequency")
+    add("--reweight", choices=on_off, default="off", help="ce: the same weights")
     return flags.parse(argv, ABOUT, USUAL, RECIPES, dataset="digitslt", eval_every=10)
 
 
