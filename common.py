@@ -4,7 +4,7 @@
 
 Five parts, each under its own banner; a reader who never opens them loses nothing of a chapter:
     Data      load_dataset -> Dataset (uint8); long tails, subsets, tasks, coarse labels; Batches, the loader
-    Metrics   accuracy per class, neural collapse, continual learning, clustering
+    Metrics   accuracy per class, heads, neural collapse, continual learning, clustering
     Theory    Claims, the table of a theory check; minimise and locate, which measure what theory predicts
     Run       flags, the run folder, `epochs` (checkpoint, log, progress), several GPUs
     Figures   curves, heat maps, tables; command_line, which turns errors into exit codes
@@ -16,6 +16,7 @@ h features (row vectors), W class vectors (K, d), M class means (K, d).
 import argparse
 import contextlib
 import datetime
+import functools
 import importlib.metadata
 import itertools
 import json
@@ -23,14 +24,11 @@ import math
 import os
 import platform
 import re
-import signal
 import subprocess
 import sys
 import time
 import zlib
-from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,36 +47,23 @@ class UserError(Exception):
 
 # %% ------------------------------------------------------------------------------------------------- Data
 
-
-class Spec(NamedTuple):
-    """What is known of a data set before it is read; pad and flip are its usual augmentation."""
-
-    classes: int
-    shape: tuple[int, int, int]  # (H, W, C)
-    pad: int  # pixels of zero padding for the random crop
-    flip: bool  # mirror left-right? A mirrored digit is no digit any more
-
-
-SPECS = {
-    "digits": Spec(10, (8, 8, 1), 1, False),
-    "mnist": Spec(10, (28, 28, 1), 2, False),
-    "fashionmnist": Spec(10, (28, 28, 1), 4, True),
-    "cifar10": Spec(10, (32, 32, 3), 4, True),
-    "cifar100": Spec(100, (32, 32, 3), 4, True),
-    "svhn": Spec(10, (32, 32, 3), 4, False),
-    "stl10": Spec(10, (96, 96, 3), 12, True),
+SPECS = {  # K, (H, W, C), zero padding of the random crop, mirrored left-right? (a mirrored digit is none)
+    "digits": (10, (8, 8, 1), 1, False),
+    "mnist": (10, (28, 28, 1), 2, False),
+    "fashionmnist": (10, (28, 28, 1), 4, True),
+    "cifar10": (10, (32, 32, 3), 4, True),
+    "cifar100": (100, (32, 32, 3), 4, True),
+    "svhn": (10, (32, 32, 3), 4, False),
+    "stl10": (10, (96, 96, 3), 12, True),
 }
 
 
 class Dataset(NamedTuple):
-    """A data set. Images are uint8 (N, H, W, C); labels int64 (N,); mean and std (C,) in [0, 1].
+    """A data set. Images are uint8 (N, H, W, C); labels int64 (N,); mean and std (C,) in [0, 1]."""
 
-    The images of a folder too large for memory are FolderImages, which are indexed as a tensor is.
-    """
-
-    train_x: "Tensor | FolderImages"
+    train_x: Tensor
     train_y: Tensor
-    test_x: "Tensor | FolderImages"
+    test_x: Tensor
     test_y: Tensor
     classes: tuple[str, ...]
     mean: Tensor  # of the full training split, so that a long tail does not move it
@@ -86,11 +71,22 @@ class Dataset(NamedTuple):
     pad: int
     flip: bool
     fingerprint: str  # another one where an image, a label or a class name differs
+    profile: str = ""  # of a long tail: exp or step
 
     @property
     def counts(self) -> Tensor:
         """n_k: training images of each class, (K,)."""
         return torch.bincount(self.train_y, minlength=len(self.classes))
+
+    @property
+    def groups(self) -> dict[str, Tensor]:
+        """The classes of each group: many, medium and few training images."""
+        return shot_groups(self.counts, self.profile)
+
+
+def keep(data: Dataset, index: Tensor) -> Dataset:
+    """The data with only the training images that index selects."""
+    return data._replace(train_x=data.train_x[index], train_y=data.train_y[index])
 
 
 def split_name(name: str) -> tuple[str, bool, str]:
@@ -98,153 +94,105 @@ def split_name(name: str) -> tuple[str, bool, str]:
     base, colon, path = name.partition(":")
     long_tailed = base.endswith("lt")
     base = base.removesuffix("lt")
-    if base == "folder" and path:
+    if (base == "folder" and path) or (base in SPECS and not colon):
         return base, long_tailed, os.path.expanduser(path)
-    if base in SPECS and not colon:
-        return base, long_tailed, ""
     names = ", ".join(SPECS)
     raise UserError(f"--dataset {name}: unknown; one of {names}, folder:PATH, or one with lt (cifar100lt)")
 
 
 def load_dataset(
-    name: str,
-    data_dir: str | Path = "data",
-    *,
-    imbalance: float = 100.0,
-    profile: str = "exp",
-    image_size: int = 32,
-    test_share: float = 0.0,
+    name: str, data_dir: str | Path = "data", *, imbalance=100.0, profile="exp", image_size=32, test_share=0.0
 ) -> Dataset:
-    """Data set by name; with the suffix `lt` its training split is long-tailed.
+    """Data set by name; with the suffix `lt` its training split is long-tailed. Raises UserError.
 
     name: a key of SPECS, `folder:PATH` with PATH/train/CLASS/IMAGE and PATH/test/CLASS/IMAGE, or with
     PATH/CLASS/IMAGE and a test_share. image_size (folders): the short side is resized, then the centre cut.
-    Raises UserError for an unknown name, a bad file, data that cannot be downloaded, or an empty class.
     """
     base, long_tailed, path = split_name(name)
     if base == "folder":
-        arrays = _read_folder(Path(path), image_size, test_share)
-        pad = image_size // 8
-        flip = True
+        arrays = _read_folder(Path(path).resolve(), image_size, test_share)
     elif test_share:
         raise UserError(f"--test-share {test_share:g}: {base} has test images; only a folder may need it")
     else:
         arrays = _read_named(base, Path(data_dir).expanduser())
-        pad = SPECS[base].pad
-        flip = SPECS[base].flip
+    classes = arrays["classes"]
+    checksum = zlib.crc32("\n".join(classes).encode())
+    for key in ("train_x", "train_y", "test_x", "test_y"):
+        checksum = zlib.crc32(arrays[key].numpy(), checksum)
+    sizes = f"{len(arrays['train_y'])}+{len(arrays['test_y'])} images, {len(classes)} classes"
     mean, std = _channel_statistics(arrays["train_x"])
-    data = Dataset(**arrays, mean=mean, std=std, pad=pad, flip=flip, fingerprint=_fingerprint(arrays))
-    if len(data.classes) < 2:
-        raise UserError(
-            f"--dataset {name}: its only class is {data.classes[0]}; expected two classes or more"
-        )
+    pad, flip = SPECS[base][2:] if base in SPECS else (image_size // 8, True)
+    data = Dataset(**arrays, mean=mean, std=std, pad=pad, flip=flip, fingerprint=f"{sizes}, {checksum:08x}")
+    if len(classes) < 2:
+        raise UserError(f"--dataset {name}: its only class is {classes[0]}; expected two classes or more")
     if data.counts.min() == 0:
-        empty = data.classes[data.counts.argmin()]
-        raise UserError(f"--dataset {name}: class {empty} has no training image")
+        raise UserError(f"--dataset {name}: class {classes[data.counts.argmin()]} has no training image")
     if not long_tailed:
         return data
-    keep = long_tail_subset(data.train_y, len(data.classes), imbalance, profile, by_count=base == "folder")
-    data = data._replace(train_x=data.train_x[keep], train_y=data.train_y[keep])
-    most = data.counts.max()
-    least = data.counts.min()
-    if abs(most / least / imbalance - 1) > 0.1:
-        _note(f"{name}: {most} to {least} images a class, a ratio of {most / least:.4g}, not {imbalance:g}")
+    subset = long_tail_subset(data.train_y, len(classes), imbalance, profile, by_count=base == "folder")
+    data = keep(data, subset)._replace(profile=profile)
+    n = data.counts
+    if abs(n.max() / n.min() / imbalance - 1) > 0.1:
+        ratio = f"a ratio of {n.max() / n.min():.4g}, not {imbalance:g}"
+        print(f"{name}: {n.max()} to {n.min()} images per class, {ratio}", file=sys.stderr)
     return data
 
 
-_ARRAYS = ("train_x", "train_y", "test_x", "test_y")
-
-
-def _note(text: str) -> None:
-    """One line on stderr, from one process."""
-    if ranks()[0] == 0:
-        print(text, file=sys.stderr)
-
-
-def _channel_statistics(images: "Tensor | FolderImages") -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel over all pixels, (C,) each, from counts of the 256 values.
+def _channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel over all pixels of (N, H, W, C): (C,) each, in [0, 1].
 
     (The often-copied CIFAR-10 std .2023, .1994, .2010 averages the images' own stds; over pixels it is .247.)
     """
-    counts = torch.zeros(images.shape[3], 256, dtype=torch.float64)
-    for start in range(0, len(images), 1000):  # counts are exact, so streamed images give the same bits
-        chunk = images[start : start + 1000]
-        chunk = chunk.decode() if isinstance(chunk, FolderImages) else chunk
-        for count, channel in zip(counts, chunk.unbind(3), strict=True):
-            count += torch.bincount(channel.flatten(), minlength=256)
-    share = counts / counts[0].sum()
-    values = torch.arange(256, dtype=torch.float64) / 255
-    mean = (share * values).sum(1)
-    std = (share * (values - mean[:, None]) ** 2).sum(1).sqrt()
-    return mean.float(), std.clamp_min(1e-3).float()  # a constant channel stays finite
-
-
-def _fingerprint(arrays: dict) -> str:
-    """Sizes and a checksum of all images, labels and class names; of streamed files their paths and sizes."""
-    checksum = zlib.crc32("\n".join(arrays["classes"]).encode())
-    for part in map(arrays.get, _ARRAYS):
-        if isinstance(part, FolderImages):
-            lines = (f"{file} {os.path.getsize(file)}\n" for file in part.files)
-            checksum = zlib.crc32("".join(lines).encode("utf-8", "surrogateescape"), checksum)
-        else:
-            checksum = zlib.crc32(part.numpy(), checksum)
-    sizes = f"{len(arrays['train_y'])}+{len(arrays['test_y'])} images"
-    return f"{sizes}, {len(arrays['classes'])} classes, {checksum:08x}"
+    parts = [part.flatten(0, 2) for part in images.split(100)]  # in float64, all at once takes 8 x the memory
+    pixels = images[..., 0].numel()
+    mean = sum(part.double().sum(0) for part in parts) / pixels / 255
+    square = sum(part.double().square().sum(0) for part in parts) / pixels / 255**2
+    std = (square - mean.square()).clamp_min(1e-6).sqrt()  # a constant channel's is not 0
+    return mean.float(), std.float()
 
 
 def _read_named(name: str, data_dir: Path) -> dict:
     """A named data set: embedded, from DATA_DIR/NAME.npz, or through torchvision and then kept there."""
     cache = data_dir / f"{name}.npz"
-    if name == "digits":
-        return _checked(_read_digits(), SPECS[name], name)
-    if cache.exists():
-        return _checked(_read_npz(cache), SPECS[name], str(cache))
-    found = _read_torchvision(name, data_dir)
-    arrays = _checked(found, SPECS[name], f"torchvision's {name} in {data_dir}")
-    write_atomically(cache, lambda part: np.savez(part, **found))
-    return arrays
-
-
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    """The arrays train_x, ..., classes of an npz file of ours, or of Keras, whose keys are x_train, ..."""
+    kept = cache.exists() or name == "digits"
     try:
-        with np.load(path, allow_pickle=False) as file:  # never unpickles: an object array raises ValueError
-            if "x_train" not in file:
-                return {key: file[key] for key in (*_ARRAYS, "classes")}
-            arrays = {key: file["_".join(reversed(key.split("_")))] for key in _ARRAYS}
-    except Exception as error:  # zip, zlib and the header's parser raise many kinds; all mean a damaged file
-        reason = str(error).partition("\n")[0].partition(". ")[0]  # not NumPy's tip to unpickle
-        reason = reason or type(error).__name__
-        raise UserError(f"{path}: not a readable data file ({reason}); delete it to load it anew") from None
-    for key in ("train_x", "test_x"):
-        if arrays[key].ndim == 3:  # (N, H, W)
-            arrays[key] = arrays[key][..., None]
-    return arrays | {"classes": np.array([str(k) for k in range(SPECS[path.stem].classes)])}
+        if name == "digits":
+            arrays = _read_digits()
+        elif kept:
+            arrays = dict(np.load(cache, allow_pickle=False))  # never unpickles: that could run any code
+        else:
+            arrays = _read_torchvision(name, data_dir)
+        fields = _checked(arrays, *SPECS[name][:2])
+    except Exception as error:  # the parsers of zip, npy, IDX and MATLAB files raise many kinds
+        reason = " ".join(str(error).split()) or type(error).__name__
+        where = cache if kept else f"--dataset {name}: neither {cache} nor torchvision's files"
+        remedy = "delete or replace it" if kept else "delete what is damaged, and connect to a network"
+        raise UserError(f"{where}: cannot be read ({reason}); {remedy}") from error
+    try:
+        if not kept:
+            write_atomically(cache, lambda part: np.savez(part, **arrays), shared=True)
+    except UserError as error:  # a shared folder may be read-only
+        reason = str(error).rpartition(";")[0]
+        print(f"{reason}; the images were read, but nothing is kept", file=sys.stderr)
+    return fields
 
 
-def _checked(arrays: dict[str, np.ndarray], spec: Spec, where: str) -> dict:
-    """The fields of a Dataset: tensors, and names as text. UserError for a wrong shape, type or label."""
-    K = spec.classes
-    names = arrays["classes"]
-    wrong = ""
-    if names.shape != (K,):
-        wrong = f"classes has shape {names.shape}, expected the names of {K} classes"
+def _checked(arrays: dict[str, np.ndarray], K: int, shape: tuple[int, int, int]) -> dict:
+    """The fields of a Dataset: tensors, and names as text. ValueError for a wrong shape, type or label."""
+    classes = arrays["classes"].astype(str)
+    fields = {"classes": tuple(classes.tolist())}
     for split in ("train", "test"):
         x = arrays[f"{split}_x"]
         y = arrays[f"{split}_y"]
-        if x.dtype != np.uint8 or x.shape[1:] != spec.shape or len(x) == 0:
-            expected = f"(N, {', '.join(map(str, spec.shape))}) uint8, N > 0"
-            wrong = f"{split}_x is {x.shape} {x.dtype}, expected {expected}"
-        elif y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer):
-            wrong = f"{split}_y is {y.shape} {y.dtype}, expected ({len(x)},) integers"
-        elif y.min() < 0 or y.max() >= K:
-            wrong = f"{split}_y has labels {y.min()} to {y.max()}, expected 0 to {K - 1}"
-    if wrong:
-        raise UserError(f"{where}: {wrong}; delete or replace the file")
-    images = {key: torch.from_numpy(np.ascontiguousarray(arrays[key])) for key in ("train_x", "test_x")}
-    labels = {key: torch.from_numpy(arrays[key].astype(np.int64)) for key in ("train_y", "test_y")}
-    texts = (name.decode() if isinstance(name, bytes) else str(name) for name in names)
-    return images | labels | {"classes": tuple(texts)}
+        right = (
+            x.dtype == np.uint8 and x.shape[1:] == shape and y.shape == x.shape[:1] and y.dtype.kind in "iu"
+        )
+        if not right or len(y) == 0 or y.min() < 0 or y.max() >= K or classes.shape != (K,):
+            found = f"{split}_x {x.shape} {x.dtype}, {split}_y {y.shape} {y.dtype}, classes {classes.shape}"
+            raise ValueError(f"{found}; expected (N, *{shape}) uint8, N labels from 0 to {K - 1}, {K} names")
+        fields[f"{split}_x"] = torch.from_numpy(np.ascontiguousarray(x))
+        fields[f"{split}_y"] = torch.from_numpy(y.astype(np.int64))
+    return fields
 
 
 def _read_digits() -> dict[str, np.ndarray]:
@@ -254,173 +202,112 @@ def _read_digits() -> dict[str, np.ndarray]:
 
     x, y = load_digits(return_X_y=True)
     x = np.round(x.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
-    train_x, test_x, train_y, test_y = train_test_split(x, y, test_size=360, stratify=y, random_state=0)
-    names = np.array(list("0123456789"))
-    return dict(train_x=train_x, train_y=train_y, test_x=test_x, test_y=test_y, classes=names)
+    keys = ("train_x", "test_x", "train_y", "test_y")
+    arrays = zip(keys, train_test_split(x, y, test_size=360, stratify=y, random_state=0), strict=True)
+    return dict(arrays, classes=np.arange(10))
 
 
 def _read_torchvision(name: str, data_dir: Path) -> dict[str, np.ndarray]:
-    """Through torchvision, which downloads what is missing and compares checksums.
-
-    CIFAR's official files are pickles; torchvision opens them only after their MD5 is found right.
-    """
+    """Through torchvision, which downloads what is missing and opens CIFAR's pickles after checking MD5s."""
     from torchvision import datasets
 
     kind = next(getattr(datasets, kind) for kind in datasets.__all__ if kind.lower() == name)
     by_name = name in ("svhn", "stl10")
     arrays = {}
-    try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        for split in ("train", "test"):
-            which = {"split": split} if by_name else {"train": split == "train"}
-            with contextlib.redirect_stdout(sys.stderr):  # its progress does not belong to our output
-                data = kind(data_dir, download=True, **which)
-            x = np.asarray(data.data)  # MNIST: (N, H, W); SVHN, STL-10: (N, C, H, W); CIFAR: (N, H, W, C)
-            x = x.transpose(0, 2, 3, 1) if by_name else x
-            arrays[f"{split}_x"] = x.reshape(*x.shape[:3], -1)
-            arrays[f"{split}_y"] = np.asarray(data.labels if by_name else data.targets)
-    except (OSError, RuntimeError, ValueError, AssertionError) as error:  # the last two: a truncated IDX file
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(
-            f"--dataset {name}: neither downloaded nor read whole from {data_dir} ({reason}); connect to a "
-            f"network and delete what is damaged there, or put the data at {data_dir / name}.npz"
-        ) from None
-    classes = getattr(data, "classes", None) or [str(k) for k in range(SPECS[name].classes)]
-    return arrays | {"classes": np.array(classes)}
-
-
-# Endings of files that Pillow reads by itself (.eps would start another program)
-_IMAGES = (
-    ".jpg .jpeg .jpe .jfif .png .apng .gif .bmp .dib .ppm .pgm .pbm .pnm .tif .tiff .webp .avif .jp2 .tga"
-)
-
-
-def _memory(cgroup: str = "/proc/self/cgroup", limits: str = "/sys/fs/cgroup") -> int:
-    """Bytes of memory that we may fill: the machine's, or less in a container (cgroup, version 1 or 2)."""
-    found = [2**40]
-    with contextlib.suppress(AttributeError, OSError, ValueError):  # Windows does not say
-        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    lines = Path(cgroup).read_text().splitlines() if os.path.exists(cgroup) else []
-    for line in lines:
-        _, controller, group = line.split(":", 2)
-        own = Path(limits, controller, group.lstrip("/"))
-        for folder in (own, *own.parents):  # a group's limit holds for those below it
-            for name in ("memory.max", "memory.limit_in_bytes"):  # version 2, 1
-                with contextlib.suppress(OSError, ValueError):  # not there; `max`: no limit
-                    found.append(int((folder / name).read_text()))
-    return min(found)
-
-
-# Bytes of a folder's decoded images that we hold; more than that streams from disk. ImageNet-LT at 224 pixels
-# has 25e9. A third of the memory, since the loader's padded copy takes more than as much again.
-_FOLDER_LIMIT = min(32 * 2**30, _memory() // 3)
+    data_dir.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "test"):
+        which = {"split": split} if by_name else {"train": split == "train"}
+        with contextlib.redirect_stdout(sys.stderr):  # its progress does not belong to our output
+            data = kind(data_dir, download=True, **which)
+        x = np.asarray(data.data)  # MNIST: (N, H, W); SVHN, STL-10: (N, C, H, W); CIFAR: (N, H, W, C)
+        x = x.transpose(0, 2, 3, 1) if by_name else x
+        arrays[f"{split}_x"] = x.reshape(*x.shape[:3], -1)
+        arrays[f"{split}_y"] = np.asarray(data.labels if by_name else data.targets)
+    return dict(arrays, classes=np.array(getattr(data, "classes", range(10))))  # SVHN's have no names
 
 
 def _read_folder(path: Path, size: int, test_share: float) -> dict:
-    """PATH/train/CLASS/* and PATH/test/CLASS/*, or PATH/CLASS/* split by class, cut to (size, size).
+    """The fields of a Dataset from PATH/train/CLASS/IMAGE and PATH/test, or from PATH/CLASS/IMAGE."""
+    from sklearn.model_selection import train_test_split
 
-    Decoded where all of it fits into memory, else both splits as FolderImages. Raises UserError.
-    """
-    path = path.resolve()
-    where = f"--dataset folder:{path}"
-    flat = not (path / "train").is_dir() and not (path / "test").is_dir()
-    if flat and not test_share:
-        expected = f"{path}/train/CLASS/IMAGE and {path}/test/CLASS/IMAGE"
-        raise UserError(f"{where}: expected {expected}; for {path}/CLASS/IMAGE add --test-share 0.2")
-    if test_share and not flat:
-        raise UserError(f"--test-share {test_share:g}: {path} has train/ or test/; leave the flag out")
-    left_out = Counter()
-    if flat:
-        splits = _split_by_class(_find_images(path, left_out), test_share)
-        counts = [sum(map(len, split.values())) for split in splits]
-        _note(f"folder:{path}: {counts[1]} of {sum(counts)} images, drawn from each class, are for testing")
-    else:
-        splits = [_find_images(path / split, left_out) for split in ("train", "test")]
-    if left_out:
-        kinds = ", ".join(f"{kind} ({count})" for kind, count in left_out.most_common(5))
-        _note(f"folder:{path}: {left_out.total()} files and folders left out: {kinds}")
-    classes = tuple(splits[0])
-    if odd := sorted(set(classes) ^ set(splits[1])):
-        raise UserError(f"{where}: train and test have different classes ({odd[0]} is in one only)")
-    arrays = {"classes": classes}
-    for name, split in zip(("train", "test"), splits, strict=True):
-        sizes = torch.tensor([len(files) for files in split.values()])
-        arrays[f"{name}_x"] = FolderImages(list(itertools.chain(*split.values())), size)
-        arrays[f"{name}_y"] = torch.arange(len(classes)).repeat_interleave(sizes)
-    needed = sum(math.prod(arrays[key].shape) for key in ("train_x", "test_x"))
-    if needed <= _FOLDER_LIMIT:
-        return arrays | {key: arrays[key].decode() for key in ("train_x", "test_x")}
-    _note(
-        f"folder:{path}: {needed / 2**30:.3g} GiB at --image-size {size} are too much to hold in memory; "
-        "images stream from disk, and are read once now for their mean and std"
-    )
-    return arrays
+    try:
+        if (test_share > 0) == any((path / split).is_dir() for split in ("train", "test")):
+            raise ValueError(f"--test-share is {test_share:g}")
+        if test_share:
+            x, y, classes = _read_images(path, size)
+            train, test = train_test_split(range(len(y)), test_size=test_share, stratify=y, random_state=0)
+            return dict(train_x=x[train], train_y=y[train], test_x=x[test], test_y=y[test], classes=classes)
+        x, y, classes = _read_images(path / "train", size)
+        test_x, test_y, test_classes = _read_images(path / "test", size)
+        if odd := set(classes) ^ set(test_classes):
+            raise ValueError(f"train and test have different classes, one has {min(odd)}")
+        return dict(train_x=x, train_y=y, test_x=test_x, test_y=test_y, classes=classes)
+    except (OSError, ValueError) as error:  # no such folder, a class without an image, too few to split
+        reason = " ".join(str(error).split())
+        layout = "PATH/train/CLASS/IMAGE and PATH/test/CLASS/IMAGE, or PATH/CLASS/IMAGE with --test-share 0.2"
+        raise UserError(f"--dataset folder:{path}: {reason}; expected {layout}") from error
 
 
-def _find_images(root: Path, left_out: Counter) -> dict[str, list[str]]:
-    """The image files below root/CLASS by class, sorted; left_out counts what else is there, by kind.
+def _read_images(root: Path, size: int) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    """Images uint8 (N, size, size, 3), labels (N,) and classes of root/CLASS/IMAGE, hidden ones left out."""
+    from torchvision.datasets import ImageFolder
 
-    Hidden files and folders are left out, and links to a folder that we came through. Raises UserError.
-    """
-    found = {}
-    for where, folders, names in os.walk(root, followlinks=True):
-        here = Path(where)
-        above = {os.path.realpath(folder) for folder in (here, *here.parents)}
-        for folder in sorted(folders):
-            if folder.startswith(".") or os.path.realpath(here / folder) in above:
-                folders.remove(folder)
-                left_out[f"{folder}/"] += 1
-            elif here == root:
-                found[folder] = []
-        for name in names:
-            known = name.lower().endswith(tuple(_IMAGES.split())) and not name.startswith(".")
-            if known and here != root:
-                found[here.relative_to(root).parts[0]].append((where, name))
-            else:
-                left_out[os.path.splitext(name)[1] or name] += 1
-    empty = [name for name, files in found.items() if not files]
-    if empty or not found:
-        what = f"no image in class {empty[0]}" if empty else "no class"
-        raise UserError(f"--dataset folder:{root}: {what}; expected {root}/CLASS/IMAGE")
-    return {name: [os.path.join(*file) for file in sorted(found[name])] for name in sorted(found)}
+    def visible(file: str) -> bool:
+        return f"{os.sep}." not in file.removeprefix(str(root))
+
+    names = sorted(item.name for item in root.iterdir() if item.is_dir() and item.name[0] != ".")
+    label = {name: k for k, name in enumerate(names)}
+    files, y = zip(*ImageFolder.make_dataset(root, label, is_valid_file=visible), strict=True)
+    needed = len(files) * size * size * 3
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**35
+    if needed > memory / 4:  # the loader's padded copy takes more than as much again
+        sizes = f"{needed / 2**30:.3g} GiB at --image-size {size}, of {memory / 2**30:.3g} GiB"
+        raise UserError(f"--dataset folder:{root}: too large for memory ({sizes}); lower --image-size")
+    images = torch.empty(len(files), size, size, 3, dtype=torch.uint8)
+    read = functools.partial(_read_image, size=size)
+    workers = min(8, torch.get_num_threads(), len(files) // 1000)
+    own = torch.Generator()  # else it draws from torch's own
+    reader = iter(DataLoader(files, batch_size=None, collate_fn=read, num_workers=workers, generator=own))
+    for i, file in enumerate(tqdm(files, "reading images", leave=False, disable=None)):
+        try:
+            images[i] = next(reader)
+        except Exception as error:  # of many kinds; a worker's text has its traceback before it
+            reason = str(error).strip().rpartition("\n")[2]
+            raise UserError(f"{file}: not a readable image ({reason}); replace or remove it") from error
+    classes = tuple(os.fsencode(name).decode(errors="replace") for name in names)  # printable
+    return images, torch.tensor(y), classes
 
 
-def _split_by_class(found: dict[str, list[str]], test_share: float) -> list[dict[str, list[str]]]:
-    """Training and test files of each class, drawn once and for all; one image stays for each of the two."""
-    generator = torch.Generator().manual_seed(0)
-    train = {}
-    test = {}
-    for name, files in found.items():
-        drawn = [files[i] for i in torch.randperm(len(files), generator=generator).tolist()]
-        if len(drawn) < 2:
-            raise UserError(f"--test-share {test_share:g}: class {name} has one image; expected two or more")
-        n = min(max(round(test_share * len(drawn)), 1), len(drawn) - 1)
-        train[name] = sorted(drawn[n:])
-        test[name] = sorted(drawn[:n])
-    return [train, test]
+def _read_image(file: str, size: int) -> Tensor:
+    """A file's pixels, uint8 (size, size, 3): short side resized, centre cut, white where transparent."""
+    from PIL import Image
+    from torchvision.transforms import functional as TF
+
+    with Image.open(file) as image:
+        if image.mode[0] in "IF" or ";16" in str(image.tile):  # tile: how the file holds its pixels
+            raise ValueError("more than 8 bits per value; convert it to 8 bits")
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        image = TF.center_crop(TF.resize(image.convert("RGB"), size), size)
+    return TF.pil_to_tensor(image).permute(1, 2, 0)
 
 
 def long_tail_counts(K: int, n_max: float, imbalance: float, profile: str = "exp") -> list[int]:
-    """Images per class, head first, n_max / n_min = imbalance.
+    """Images per class, head first, n_max / n_min = imbalance. Raises UserError for an imbalance below 1.
 
     exp:  n_k = int(n_max * (1/IF)^(k/(K-1))), the convention of the published tables (Cui et al. 2019);
     step: the first half of the classes keeps n_max, the others get n_max / IF (Buda et al. 2018).
-    Raises UserError for an imbalance below 1 or an unknown profile.
     """
     if not 1 <= imbalance < float("inf"):
         raise UserError(f"--imbalance {imbalance:g}: expected largest over smallest class, 1 or more")
-    if profile == "exp":
-        counts = [int(n_max * (1 / imbalance) ** (k / max(K - 1, 1))) for k in range(K)]
-    elif profile == "step":
-        counts = [int(n_max) if k < K - K // 2 else int(n_max / imbalance) for k in range(K)]
-    else:
-        raise UserError(f"--profile {profile}: expected exp or step")
-    return [max(n, 1) for n in counts]  # no class is left empty
+    counts = {
+        "exp": [int(n_max * (1 / imbalance) ** (k / max(K - 1, 1))) for k in range(K)],
+        "step": [int(n_max) if k < K - K // 2 else int(n_max / imbalance) for k in range(K)],
+    }
+    return [max(n, 1) for n in counts[profile]]  # no class is left empty
 
 
-def long_tail_subset(
-    y: Tensor, K: int, imbalance: float, profile: str = "exp", by_count: bool = True
-) -> Tensor:
+def long_tail_subset(y: Tensor, K: int, imbalance: float, profile="exp", by_count: bool = True) -> Tensor:
     """Indices of a long-tailed subset of labels y (N,), class by class in label order; always the same ones.
 
     The head is the largest class, or with by_count=False class 0, as in the published tables. n_max is N / K;
@@ -451,8 +338,7 @@ def cut_for_dry_run(data: Dataset, batch_size: int) -> Dataset:
     n = 2 * batch_size // len(data.classes)
     train = keep_per_class(data.train_y, n)
     test = keep_per_class(data.test_y, n)
-    data = data._replace(train_x=data.train_x[train], train_y=data.train_y[train])
-    return data._replace(test_x=data.test_x[test], test_y=data.test_y[test])
+    return keep(data, train)._replace(test_x=data.test_x[test], test_y=data.test_y[test])
 
 
 SUPERCLASSES = {  # CIFAR-100's twenty, of five classes each
@@ -482,30 +368,22 @@ SUPERCLASSES = {  # CIFAR-100's twenty, of five classes each
 def coarse_labels(classes: tuple[str, ...], grouping: str) -> tuple[Tensor, tuple[str, ...]]:
     """The coarse label of each of K classes, (K,), and the coarse classes' names; coarse_labels(...)[0][y].
 
-    pairs:         class k with class k + K/2, so that coarse = k mod K/2; on CIFAR-10 airplane and dog, ...
-    superclasses:  the twenty of CIFAR-100, found by the classes' names
-    Raises UserError for an odd K, and for superclasses of anything else than CIFAR-100's classes.
+    pairs: class k with class k + K/2, on CIFAR-10 airplane and dog, ...; superclasses: CIFAR-100's twenty.
+    Raises UserError where the classes do not allow it.
     """
     K = len(classes)
-    if grouping == "pairs":
-        if K % 2 or K < 4:
-            raise UserError(f"--coarse pairs: {K} classes; expected an even number of them, 4 or more")
-        names = tuple(f"{a}+{b}" for a, b in zip(classes[: K // 2], classes[K // 2 :], strict=True))
-        return torch.arange(K) % (K // 2), names
-    if grouping != "superclasses":
-        raise UserError(f"--coarse {grouping}: expected pairs or superclasses")
+    if grouping == "pairs" and K % 2 == 0 and K >= 4:
+        names = (f"{a}+{b}" for a, b in zip(classes[: K // 2], classes[K // 2 :], strict=True))
+        return torch.arange(K) % (K // 2), tuple(names)
     coarse = {name: i for i, members in enumerate(SUPERCLASSES.values()) for name in members.split()}
-    if set(classes) != set(coarse):
-        raise UserError("--coarse superclasses: only CIFAR-100 has them; use --coarse pairs")
-    return torch.tensor([coarse[name] for name in classes]), tuple(SUPERCLASSES)
+    if grouping == "superclasses" and set(classes) == set(coarse):
+        return torch.tensor([coarse[name] for name in classes]), tuple(SUPERCLASSES)
+    expected = "pairs (an even number of them, 4 or more) or superclasses (only CIFAR-100 has them)"
+    raise UserError(f"--coarse {grouping}: {K} classes; expected {expected}")
 
 
 def split_tasks(K: int, tasks: int) -> Tensor:
-    """Which task of a class-incremental stream each class comes in: (K,) int64, values 0 to tasks - 1.
-
-    Classes in label order are cut into consecutive tasks, whose sizes differ by at most one class; the images
-    of task t are those with task[y] == t. Raises UserError unless every task gets a class.
-    """
+    """The task in which each of K classes comes, in label order: (K,) int64. Sizes differ by one at most."""
     if not 1 <= tasks <= K:
         raise UserError(f"--tasks {tasks}: expected 1 to {K}, the number of classes")
     sizes = torch.tensor([len(classes) for classes in torch.arange(K).tensor_split(tasks)])
@@ -515,39 +393,29 @@ def split_tasks(K: int, tasks: int) -> Tensor:
 class Batches:
     """Loader: uint8 images stay on the device, and a batch is one gather away, (B, C, H, W) float32.
 
-    `epoch(index, batch_size, generator)` gives an epoch of batches, `all()` every image once for evaluation,
-    `load(index)` one batch. Each *draw* of an image gets a random crop and flip of its own, none without a
-    generator. All are drawn at once on the CPU, so nothing synchronises within the epoch, and the same seed
-    gives the same views on every device. FolderImages give the same batches, bit for bit.
+    Each *draw* of an image gets a random crop and flip of its own, none without a generator. An epoch's are
+    drawn at once on the CPU: no step waits for the device, and a seed gives the same views on every device.
     """
 
     def __init__(
-        self,
-        images: "Tensor | FolderImages",
-        mean: Tensor,
-        std: Tensor,
-        *,
-        pad: int = 0,
-        flip: bool = False,
-        device: torch.device | str = "cpu",
+        self, images: Tensor, mean: Tensor, std: Tensor, *, pad: int = 0, flip: bool = False, device="cpu"
     ):
         self.N, self.H, self.W, self.C = images.shape
         self.pad = pad
         self.flip = flip
         self.device = torch.device(device)
-        self.down = torch.arange(self.H, device=device) * (self.W + 2 * pad)  # (H,): from row to row
-        self.files = images if isinstance(images, FolderImages) else None
-        self.rows = None if self.files else self._all_rows(images)
+        self.padded = torch.nn.functional.pad(images, (0, 0, pad, pad, pad, pad)).to(device)
+        self.rows = torch.arange(self.H, device=device)
+        self.columns = torch.arange(self.W, device=device)
         # (x / 255 - mean) / std = x * scale + shift, repeated over a row so that it vectorises
-        self.scale = (1 / (255 * std)).repeat(self.W).to(self.device)  # (W * C,)
-        self.shift = (-mean / std).repeat(self.W).to(self.device)
+        self.scale = (1 / (255 * std)).repeat(self.W).to(device)  # (W * C,)
+        self.shift = (-mean / std).repeat(self.W).to(device)
 
     def epoch(self, index: Tensor, batch_size: int, generator: torch.Generator | None = None) -> Iterator:
         """An iterator over (part, x), or (part, x_0, ..., x_{m-1}) for an index of shape (T, m).
 
-        part is the slice of the epoch's T draws that x holds. All crops and flips are drawn at this call,
-        column after column. Under torchrun each process gets an equal share of every batch; without a
-        generator each gets all of it.
+        part is the slice of the epoch's T draws that x holds. All crops and flips are drawn at this call.
+        Under torchrun each process gets an equal share of every batch; without a generator all of it.
         """
         views = [self._draw(column, generator) for column in index.view(len(index), -1).unbind(1)]
         rank, count = ranks() if generator is not None else (0, 1)
@@ -556,9 +424,7 @@ class Batches:
             share = (batch.stop - batch.start) // count
             start = batch.start + rank * share
             parts.append(slice(start, start + share))
-        if self.files:
-            return self._read(index, views, parts)
-        return ((part, *(self._crop(self.rows, column[:, part]) for column in views)) for part in parts)
+        return ((part, *(self._crop(column[:, part]) for column in views)) for part in parts)
 
     def all(self, batch_size: int = 1000) -> Iterator:
         """An iterator over (part, x): every image once, in order, neither cropped nor flipped."""
@@ -566,11 +432,7 @@ class Batches:
 
     def load(self, index: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """One batch of the images index (B,), read now: (B, C, H, W)."""
-        views = self._draw(index, generator)
-        if self.files is None:
-            return self._crop(self.rows, views)
-        views[0] = torch.arange(len(index))
-        return self._crop(self._all_rows(self.files[index].decode()), views)
+        return self._crop(self._draw(index, generator))
 
     def _draw(self, index: Tensor, generator: torch.Generator | None) -> Tensor:
         """(4, T): image, top, left and whether mirrored, of T views, on the device."""
@@ -582,47 +444,19 @@ class Batches:
             mirror = torch.rand(T, generator=generator) < (0.5 if self.flip else 0.0)
         return torch.stack([index.cpu(), top, left, mirror]).to(self.device)
 
-    def _all_rows(self, images: Tensor) -> Tensor:
-        """A row of W pixels from every padded pixel on: (pixels - W + 1, W * C), a view, no copy.
-
-        A crop is H of these rows, whatever its offset: one gather of whole rows.
-        """
-        padded = torch.nn.functional.pad(images, (0, 0, *[self.pad] * 4)).to(self.device)
-        return padded.flatten().unfold(0, self.W * self.C, self.C)
-
-    def _crop(self, rows: Tensor, views: Tensor) -> Tensor:
+    def _crop(self, views: Tensor) -> Tensor:
         """The views (4, B), normalised: (B, C, H, W) float32, channels_last in memory."""
         image, top, left, mirror = views
-        height = self.H + 2 * self.pad
-        width = self.W + 2 * self.pad
-        first = (image * height + top) * width + left  # (B,): the crop's first pixel
-        x = rows[first[:, None] + self.down]  # (B, H) rows -> (B, H, W * C)
-        if self.flip:
-            mirrored = x.view(-1, self.H, self.W, self.C).flip(2).view_as(x)
-            x = torch.where(mirror[:, None, None] > 0, mirrored, x)
-        x = torch.addcmul(self.shift, x.float(), self.scale)
-        return x.view(-1, self.H, self.W, self.C).permute(0, 3, 1, 2)
-
-    def _read(self, index: Tensor, views: list[Tensor], parts: list[slice]) -> Iterator:
-        """The same from files: other processes decode a part's images, which are then padded and cropped."""
-        files = self.files.files
-        size = self.files.size
-        columns = index.view(len(index), -1)
-        requests = [([files[i] for i in columns[part].T.flatten().tolist()], size) for part in parts]
-        for pixels, part in zip(_read_ahead(requests), parts, strict=True):
-            rows = self._all_rows(torch.from_numpy(pixels))
-            B = part.stop - part.start
-            batch = [column[:, part].clone() for column in views]
-            for i, column in enumerate(batch):
-                column[0] = torch.arange(i * B, (i + 1) * B)  # the image's place among those just read
-            yield part, *(self._crop(rows, column) for column in batch)
+        rows = top[:, None] + self.rows  # (B, H)
+        cols = left[:, None] + torch.where(mirror[:, None] > 0, self.columns.flip(0), self.columns)  # (B, W)
+        x = self.padded[image[:, None, None], rows[:, :, None], cols[:, None, :]]  # (B, H, W, C)
+        return torch.addcmul(self.shift, x.flatten(2).float(), self.scale).view(x.shape).permute(0, 3, 1, 2)
 
 
 def split_evenly(T: int, batch_size: int, count: int | None = None) -> list[slice]:
-    """ceil(T / batch_size) batches, sizes equal to within one, so that no small rest is left over.
+    """ceil(T / batch_size) slices, sizes equal to within one, so that no small rest is left over.
 
-    For count processes (torchrun's, if not given) each size is a multiple of count, and up to count - 1 of
-    T are left out.
+    For count processes (or torchrun's) sizes are multiples of count; up to count - 1 of T are left out.
     """
     count = count or ranks()[1]
     shares = T // count
@@ -631,126 +465,7 @@ def split_evenly(T: int, batch_size: int, count: int | None = None) -> list[slic
     return [slice(a, b) for a, b in itertools.pairwise(edges)]
 
 
-# Folders larger than memory: worker processes of torch's DataLoader decode, all else is as above.
-
-
-class FolderImages:
-    """Image files that stand for a uint8 tensor (N, size, size, 3) too large for memory.
-
-    Indexing gives FolderImages again: no file is opened before `decode`, and no pixels are kept.
-    """
-
-    def __init__(self, files: list[str], size: int):
-        self.files = files
-        self.size = size
-        self.shape = (len(files), size, size, 3)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: slice | Tensor) -> "FolderImages":
-        chosen = torch.arange(len(self))[index]  # (n,): whatever selects from a tensor selects here
-        return FolderImages([self.files[i] for i in chosen.tolist()], self.size)
-
-    def decode(self) -> Tensor:
-        """All of them, uint8 (N, size, size, 3). Raises UserError for a file that is no readable image."""
-        kind = np.dtype((np.uint8, self.shape[1:]))
-        with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter lock
-            images = pool.map(_read_image, self.files, itertools.repeat(self.size))
-            return torch.from_numpy(np.fromiter(images, kind, len(self)))
-
-
-def concatenate(a: Tensor | FolderImages, b: Tensor | FolderImages) -> Tensor | FolderImages:
-    """The images of a and, after them, those of b; both tensors or both FolderImages."""
-    return FolderImages(a.files + b.files, a.size) if isinstance(a, FolderImages) else torch.cat([a, b])
-
-
-def _read_image(file: str, size: int) -> np.ndarray:
-    """A file's pixels, uint8 (size, size, 3), turned as EXIF says, on white where transparent."""
-    from PIL import Image, ImageOps
-    from torchvision.transforms import functional as TF
-
-    try:
-        with Image.open(file) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if image.mode[0] in "IF":  # more than 8 bits
-                sixteen_bits = image.mode.startswith("I;16") or opened.format in ("PNG", "PPM")
-                image = Image.fromarray(
-                    _to_8_bits(np.asarray(image, np.float64), 65535 if sixteen_bits else 1)
-                )
-            if image.mode.upper() in ("LA", "PA", "RGBA") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return np.asarray(TF.center_crop(TF.resize(image.convert("RGB"), size), size))
-    except Exception as error:  # Pillow raises many kinds for a damaged file
-        raise UserError(f"{file}: not a readable image ({error}); mend or remove it") from None
-
-
-def _to_8_bits(values: np.ndarray, white: int) -> np.ndarray:
-    """Grey values 0 to white -> 0 to 255."""
-    low = values.min()
-    high = values.max()
-    if not 0 <= low <= high <= white:  # also for nan
-        raise ValueError(f"grey values {low:g} to {high:g}, expected 8 or 16 bits, or 0 to 1")
-    return np.round(255 * (values / white)).astype(np.uint8)
-
-
-_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-WORKERS = min(8, _CORES)  # processes that read streamed images ahead; with 0 the program waits for each batch
-_READERS: list[DataLoader] = []  # idle ones; their processes stay: to start them may take as long as an epoch
-
-
-class _Decoder:
-    """What worker processes do. Small, since it is pickled to them."""
-
-    def __getitem__(self, request: tuple[list[str], int]) -> np.ndarray | str:
-        files, size = request
-        try:
-            return np.stack([_read_image(file, size) for file in files])
-        except UserError as error:  # raised here, it would arrive with this process's traceback in its text
-            return str(error)
-
-
-def _as_it_is(pixels: np.ndarray | str) -> np.ndarray | str:
-    return pixels  # no tensor: that would be handed over in shared memory, of which containers have little
-
-
-def _start_reader() -> DataLoader:
-    """A DataLoader whose processes run, and stay; what is put into its list `sampler` they read."""
-    reader = DataLoader(
-        _Decoder(),
-        batch_size=None,  # a request is a batch
-        sampler=[],
-        collate_fn=_as_it_is,
-        num_workers=WORKERS,
-        persistent_workers=WORKERS > 0,
-        generator=torch.Generator(),  # else it draws from torch's own, and dropout would be another one
-    )
-    kinds = {signal.SIGINT, getattr(signal, "SIGCHLD", signal.SIGINT)}  # Windows has one of them
-    before = {kind: signal.getsignal(kind) for kind in kinds}
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # workers inherit it: Ctrl-C is for the program, which ends them
-    try:
-        iter(reader)  # starts them. Its SIGCHLD handler would raise anywhere, not at the next batch only
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
-    return reader
-
-
-def _read_ahead(requests: list[tuple[list[str], int]]) -> Iterator[np.ndarray]:
-    """The pixels of each request in turn. Raises UserError for a damaged image or a killed worker."""
-    reader = _READERS.pop() if _READERS else _start_reader()
-    reader.sampler[:] = requests
-    try:
-        for pixels in reader:
-            if isinstance(pixels, str):
-                raise UserError(pixels)
-            yield pixels
-    except RuntimeError as error:  # DataLoader's, for a worker that was killed
-        raise UserError(f"{error}; out of memory? Lower --batch-size or --image-size") from None
-    _READERS.append(reader)  # not after an error: then its workers end with it
+concatenate = lambda a, b: torch.cat([a, b])  # noqa: E731  for spherization.py, until it calls torch.cat itself
 
 
 # %% ---------------------------------------------------------------------------------------------- Metrics
@@ -758,181 +473,146 @@ def _read_ahead(requests: list[tuple[list[str], int]]) -> Iterator[np.ndarray]:
 
 def metric_device(device: torch.device | str) -> torch.device:
     """Where metrics are computed: the device itself, but the CPU for Apple's MPS, which has no float64."""
-    device = torch.device(device)
-    return torch.device("cpu") if device.type == "mps" else device
+    return torch.device("cpu" if torch.device(device).type == "mps" else device)
 
 
 def accuracy_per_class(prediction: Tensor, y: Tensor, K: int) -> Tensor:
-    """Share of each class's samples predicted right, (K,) float64; nan for a class without samples."""
+    """Share of each class's samples predicted right: prediction, y (N,) -> (K,) float64; nan: no samples."""
     right = torch.bincount(y[prediction == y], minlength=K).double()
     return right / torch.bincount(y, minlength=K)
 
 
-def shot_groups(counts: Tensor) -> tuple[dict[str, Tensor], str]:
-    """Classes by training images: many (> 100), medium (20 to 100), few (< 20), and the rule in words.
+def shot_groups(counts: Tensor, profile: str = "") -> dict[str, Tensor]:
+    """Classes by their training images, counts (K,): {"many", "medium", "few"}, each sorted class indices.
 
-    Where none are many or none few (Liu et al. 2019): the two halves of a step, else thirds of the classes.
+    One size: all are many. A step: larger and smaller classes, none medium. Else many > 100 and few < 20
+    images (Liu et al. 2019), or, where either has no class, thirds. Classes of one size are never parted.
     """
-    groups = {"many": counts > 100, "medium": (counts >= 20) & (counts <= 100), "few": counts < 20}
-    rule = "many > 100, medium 20 to 100, few < 20 training images"
-    if not (groups["many"].any() and groups["few"].any()):
-        order = torch.argsort(counts, descending=True, stable=True)
-        log_size = counts[order].double().log()
-        drop = log_size[:-1] - log_size[1:]  # from each class to the next smaller one
-        steepest = max(drop.tolist(), default=0)
-        if steepest > max(0.6 * drop.sum(), math.log(1.5)):  # most of the tail is one drop
-            large = counts >= counts[order[drop.argmax()]]
-            parts = [large, counts < 0, ~large]
-            rule = "many, few: the classes of the larger and of the smaller size"
-        else:
-            parts = [torch.isin(torch.arange(len(order)).to(order), third) for third in order.tensor_split(3)]
-            rule = "many, medium, few: thirds of the classes by training images"
-        groups = dict(zip(groups, parts, strict=True))
-    return {name: mask.nonzero().flatten() for name, mask in groups.items()}, rule
+    smallest, largest = counts.aminmax()
+    if largest == smallest:
+        group = torch.zeros_like(counts)
+    elif profile == "step":
+        group = 2 * (counts < (largest.double() * smallest).sqrt()).long()
+    elif largest > 100 and smallest < 20:
+        group = (counts <= 100).long() + (counts < 20).long()
+    else:
+        rank = (counts - counts[:, None]).sign().sum(1) + len(counts) - 1  # twice the mean rank of its size
+        group = 3 * rank // (2 * len(counts))
+        group[counts == largest] = 0
+        group[counts == smallest] = 2
+    return {name: (group == i).nonzero().flatten() for i, name in enumerate(("many", "medium", "few"))}
 
 
-def expected_calibration_error(probability: Tensor, y: Tensor, bins: int = 15) -> float:
-    """ECE = sum_b n_b/N |accuracy_b - confidence_b| over equal-width bins of confidence (Guo et al. 2017).
+def accuracies(z: Tensor, y: Tensor, groups: dict[str, Tensor]) -> dict:
+    """Accuracy of logits z (N, K) for labels y (N,): of all samples, by group, per class.
 
-    probability (N, K), y (N,) -> in [0, 1]
+    groups: class indices by name, as from shot_groups: the mean over those that have samples, nan if none.
     """
-    confidence, prediction = probability.double().max(1)
-    right = (prediction == y).double()
-    which = (confidence * bins).ceil().long().clamp(1, bins) - 1  # bins are (0, 1/b], (1/b, 2/b], ...
-    gap = torch.zeros(bins, dtype=torch.float64, device=y.device).index_add_(0, which, right - confidence)
-    return float(gap.abs().sum() / len(y))
-
-
-def accuracies(z: Tensor, y: Tensor, counts: Tensor) -> dict:
-    """Accuracy of logits z (N, K): overall, by class size, per class; counts (K,): training images."""
     prediction = z.argmax(1)
-    per_class = accuracy_per_class(prediction, y, len(counts))
-    groups, rule = shot_groups(counts)
+    per_class = accuracy_per_class(prediction, y, z.shape[1])
     return {
         "accuracy": float((prediction == y).double().mean()),
-        **{group: float(per_class[members].nanmean()) for group, members in groups.items()},
-        "rule": rule,
+        **{name: float(per_class[classes.to(y.device)].nanmean()) for name, classes in groups.items()},
         "per_class": per_class.tolist(),
     }
 
 
-HEADS = {  # on the same features; in figures
-    "own": "its own head",
-    "minus_log_n": "less log n",
-    "equal_length": "equal lengths",
+HEADS = {  # classifiers on the same features: their names in figures and tables
+    "own": "own head",
+    "logit_adjustment": "logit adjustment",
+    "tau_normalisation": "tau-normalisation",
     "nearest_mean": "nearest class mean",
 }
 
 
-def heads(train_h, train_y, test_h, test_y, W, b=None) -> dict[str, float]:
-    """Test accuracy that trained features give under other heads, without any training.
+def heads(train_h, train_y, test_h, test_y, W, b=None, *, few=None, softmax=True) -> dict[str, float]:
+    """Test accuracy of trained features under other heads, without any training.
 
-    Features (N, d), labels (N,), class vectors W (K, d) and biases b (K,) as they are in the logits.
-        own           argmax_k  w_k . h + b_k
-        equal_length  argmax_k  w_k . h / ||w_k||             tau-normalisation at 1 (Kang et al. 2020)
-        minus_log_n   argmax_k  w_k . h + b_k - log n_k       logit adjustment at 1 (Menon et al. 2021)
-        nearest_mean  argmin_k  ||h - mu_k||                  mu_k of the training features
-    Each also with `_few`: on the classes that shot_groups calls few (nan if none).
+        own                argmax_k  w_k . h + b_k
+        logit_adjustment   argmax_k  w_k . h + b_k - log n_k     at tau = 1 (Menon et al. 2021)
+        tau_normalisation  argmax_k  w_k . h / ||w_k||           at tau = 1 (Kang et al. 2020)
+        nearest_mean       argmin_k  ||h - mu_k||                mu_k of the training features
+    Features (N, d), labels (N,), class vectors W (K, d), biases b (K,). Each also with `_few`: on samples of
+    the classes few (indices), nan if none. softmax=False (logits are cosines): logit_adjustment is nan.
     """
-    K = len(W)
-    n = torch.bincount(train_y, minlength=K)
     z = logits(test_h, W, b)
+    n = torch.bincount(train_y, minlength=len(W)).to(z)
+    y = test_y.to(z.device)
+    rare = torch.isin(y, y[:0] if few is None else few.to(y.device))
     predictions = {
         "own": z.argmax(1),
-        "equal_length": logits(test_h, unit(W)).argmax(1),
-        "minus_log_n": (z - n.to(z.device).double().log()).argmax(1),
-        "nearest_mean": nearest_mean(test_h, class_means(train_h, train_y, K)),
+        "logit_adjustment": (z - n.log()).argmax(1),
+        "tau_normalisation": logits(test_h, unit(W).nan_to_num()).argmax(1),
+        "nearest_mean": nearest_mean(test_h, class_means(train_h, train_y, len(W))),
     }
-    few = torch.isin(test_y, shot_groups(n)[0]["few"])
     result = {}
     for name, prediction in predictions.items():
-        right = (prediction.to(test_y.device) == test_y).double()
+        right = (prediction == y).double()
+        if name == "logit_adjustment" and not softmax:
+            right.fill_(math.nan)  # log n_k has no meaning there
         result[name] = float(right.mean())
-        result[f"{name}_few"] = float(right[few].mean())
+        result[f"{name}_few"] = float(right[rare].mean())
     return result
-
-
-# Continual learning: a stream of T tasks.
 
 
 def task_accuracies(z: Tensor, y: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:
     """Accuracy on each task of a stream, (T,) float64 twice: class-IL and task-IL (van de Ven, Tolias 2019).
 
-    class-IL: argmax over all K logits z (N, K); task-IL: over the classes of the image's own task. task (K,)
-    as from split_tasks; nan for a task without test images.
+    class-IL: argmax over all K logits z (N, K); task-IL: over the classes of the image's own task. Labels y
+    (N,), task of each class (K,), as from split_tasks; nan for a task without test images.
     """
     task = task.to(z.device)
     which = task[y]  # (N,)
     own = z.masked_fill(which[:, None] != task, -torch.inf)
     T = int(task.max()) + 1
-    images = torch.bincount(which, minlength=T)
-    right = [torch.bincount(which[score.argmax(1) == y], minlength=T).double() for score in (z, own)]
-    return right[0] / images, right[1] / images
-
-
-def average_so_far(R: Tensor) -> Tensor:
-    """Accuracy over the tasks learned so far, after each: 1/(i+1) sum_{j<=i} R[i, j], (T,)."""
-    return torch.stack([R[i, : i + 1].nanmean() for i in range(len(R))])
+    class_il, task_il = (torch.where(score.argmax(1) == y, which, -1) for score in (z, own))  # -1: wrong
+    return accuracy_per_class(class_il, which, T), accuracy_per_class(task_il, which, T)
 
 
 def stream_metrics(R: Tensor) -> dict[str, float]:
     """Summary of an accuracy matrix R (T, T): R[i, j] is the accuracy on task j after training on task i.
 
     average             A = 1/T sum_j R[T-1, j], over all tasks at the end of the stream
-    stream_average      mean of average_so_far(R)
+    stream_average      1/T sum_i 1/(i+1) sum_{j<=i} R[i, j], over the tasks learned so far
     forgetting          1/(T-1) sum_{j<T-1} (max_{j<=i<T-1} R[i, j] - R[T-1, j])     Chaudhry et al. 2018
     backward_transfer   1/(T-1) sum_{j<T-1} (R[T-1, j] - R[j, j])                    Lopez-Paz, Ranzato 2017
-    Forgetting's maximum leaves out the last row, so it may be negative. A joint run has one row, (1, T): an
-    average, the rest is nan. Tasks without test images (nan) are left out of every mean.
+    Forgetting's maximum leaves out the last row, so it may be negative. A joint run, R (1, T), has an average
+    only; the rest is nan. Tasks without test images (nan) are left out of every mean.
     """
     R = R.double()
-    rows, T = R.shape
-    result = dict.fromkeys(("average", "stream_average", "forgetting", "backward_transfer"), math.nan)
-    result["average"] = float(R[-1].nanmean())
-    if rows == T:
-        result["stream_average"] = float(average_so_far(R).nanmean())
-    if rows == T > 1:
-        old = range(T - 1)
-        result["forgetting"] = float(torch.stack([R[j:-1, j].max() - R[-1, j] for j in old]).nanmean())
-        result["backward_transfer"] = float(torch.stack([R[-1, j] - R[j, j] for j in old]).nanmean())
-    return result
+    tasks = range(len(R) if len(R) == R.shape[1] else 0)  # a joint run has no stages
+    so_far = [R[i, : i + 1].nanmean() for i in tasks]
+    forgotten = [R[j:-1, j].max() - R[-1, j] for j in tasks[:-1]]
+    gained = [R[-1, j] - R[j, j] for j in tasks[:-1]]
+    return {
+        "average": float(R[-1].nanmean()),
+        "stream_average": float(R.new_tensor(so_far).nanmean()),
+        "forgetting": float(R.new_tensor(forgotten).nanmean()),
+        "backward_transfer": float(R.new_tensor(gained).nanmean()),
+    }
 
 
-# Neural collapse. Features h (N, d) of any float type and length, labels y (N,). All sums are in float64, of
-# differences where what is added up is a spread: a spread of 1e-7 around features of norm 100 is right, and
-# features times 1e-18 or 1e18 give the same. What is not defined is nan: dead or fully collapsed features.
+# Neural collapse. Features h (N, d) of any float type, labels y (N,); spreads are sums of differences, in
+# float64. What is not defined is nan: a class without samples, dead features, values that are not finite.
 
 
-def chunks(h: Tensor, *labels: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Some rows of h at a time, in float64 and small enough for the cache, with their rows of the labels."""
-    device = metric_device(h.device)
-    rows = max(1, 2**16 // h.shape[1])
-    for x, *parts in zip(h.split(rows), *(y.split(rows) for y in labels), strict=True):
-        yield x.detach().to(device, torch.float64), *(part.to(device) for part in parts)
+def float64(V: Tensor) -> Tensor:
+    """V, of any shape, in float64, without its graph, on the device where metrics are computed."""
+    return V.detach().to(metric_device(V.device), torch.float64)
 
 
 def logits(h: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
-    """z = h W^T + b in float64, (N, K), of features h (N, d), class vectors W (K, d), biases b (K,)."""
-    device = metric_device(h.device)
-    W = W.detach().to(device, torch.float64)
-    b = 0 if b is None else b.detach().to(device, torch.float64)
-    return torch.cat([x @ W.T + b for (x,) in chunks(h)])
+    """z = h W^T + b, (N, K) float64, of features h (N, d), class vectors W (K, d), biases b (K,)."""
+    z = float64(h) @ float64(W.to(h.device)).T
+    return z if b is None else z + float64(b.to(h.device))
 
 
 def class_means(h: Tensor, y: Tensor, K: int) -> Tensor:
-    """mu_k, (K, d) float64; equal features have exactly this mean. ValueError for a class without samples."""
-    device = metric_device(h.device)
-    y = y.to(device)
-    count = torch.bincount(y, minlength=K)
-    if count.min() == 0:
-        raise ValueError(f"class {int(count.argmin())} has no sample")
-    order = torch.arange(len(y), device=device)
-    first = torch.full_like(count, len(y)).scatter_reduce(0, y, order, "amin")  # a sample of each class
-    anchor = h.detach()[first.to(h.device)].to(device, torch.float64)  # (K, d)
-    total = torch.zeros_like(anchor)
-    for x, k in chunks(h, y):
-        total.index_add_(0, k, x - anchor.index_select(0, k))
-    return anchor + total / count[:, None]
+    """mu_k, the mean of h (N, d) over class k of y (N,): (K, d) float64; nan for a class without samples."""
+    h = float64(h)
+    y = y.to(h.device)
+    total = h.new_zeros(K, h.shape[1]).index_add_(0, y, h)
+    return total / torch.bincount(y, minlength=K)[:, None]
 
 
 class ClassSums(NamedTuple):
@@ -945,102 +625,59 @@ class ClassSums(NamedTuple):
 
 
 def class_sums(h: Tensor, y: Tensor, K: int | None = None) -> ClassSums:
-    """Of features h (N, d), labels y (N,); K: the largest label + 1. ValueError for an empty class."""
+    """Sums of features h (N, d) with labels y (N,); K: the largest label + 1 if not given."""
+    h = float64(h)
+    y = y.to(h.device)
     mean = class_means(h, y, K or int(y.max()) + 1)
-    square = mean.new_zeros(len(mean))
-    for x, k in chunks(h, y):
-        z = x - mean.index_select(0, k)
-        square.index_add_(0, k, torch.linalg.vecdot(z, z))
-    from_first = mean - mean[0]  # of equal means exactly 0
-    centred = from_first - from_first.mean(0)
-    count = torch.bincount(y, minlength=len(mean)).to(mean.device, torch.float64)
-    return ClassSums(count, mean, centred, square)
-
-
-def rounding(mean: Tensor) -> float:
-    """Length below which a difference of class means (K, d) is what rounding left."""
-    return float(1000 * torch.finfo(torch.float64).eps * mean.norm(dim=1).max())
+    count = torch.bincount(y, minlength=len(mean)).double()
+    square = torch.zeros_like(count).index_add_(0, y, (h - mean[y]).square().sum(1))
+    return ClassSums(count, mean, mean - mean.mean(0), square)
 
 
 def nc1(h: Tensor, y: Tensor, sums: ClassSums | None = None, centred: bool = True) -> tuple[float, int]:
-    """NC1 = tr(Sigma_W pinv(Sigma_B)) / K, and the rank of Sigma_B that was kept (K - 1 if all is well).
+    """NC1 = tr(Sigma_W pinv(Sigma_B)) / K of h (N, d), y (N,), and Sigma_B's rank (K - 1 if all is well).
 
         Sigma_W = 1/N sum_i (h_i - mu_y)(h_i - mu_y)^T      pooled over samples
         Sigma_B = 1/K sum_k (mu_k - mu_G)(mu_k - mu_G)^T     mu_G = mean of the class means
     With A = (mu_k - mu_G)_k / sqrt(K), (K, d), Sigma_B = A^T A and pinv(Sigma_B) = P P^T for P = pinv(A), so
         tr(Sigma_W pinv(Sigma_B)) = 1/N sum_i ||P^T (h_i - mu_y)||^2
-    and no d x d matrix is needed. Class means that (nearly) coincide give a singular value near 0, which the
-    cut-off drops: NC1 jumps, and only the rank tells. nan where no mean differs (rank 0). NC1 does not see
-    spread across the span of the centred means: report trace_ratio or cdnv beside it. The notebook of Papyan
+    Where means (nearly) coincide, NC1 jumps and only the rank tells; (nan, 0) where none differ. NC1 misses
+    spread across the span of the centred means: report trace_ratio or cdnv as well. The notebook of Papyan
     et al. does not divide by K. centred=False: ZNC1, with mu_G = 0 and rank K.
     """
     sums = sums or class_sums(h, y)
     K = len(sums.mean)
     A = (sums.centred if centred else sums.mean) / K**0.5
-    _, s, V = torch.linalg.svd(A, full_matrices=False)  # A = U diag(s) V
-    cut = max(A.shape) * torch.finfo(s.dtype).eps * s[0] ** 2  # pinv(Sigma_B)'s: its eigenvalues are s^2
-    keep = s**2 > cut + rounding(sums.mean) ** 2
-    P = V[keep].T / s[keep]  # (d, rank)
-    if P.shape[1] == 0:
+    if not A.isfinite().all():
         return math.nan, 0
-    total = 0.0
-    for x, k in chunks(h, y):
-        total += ((x - sums.mean.index_select(0, k)) @ P).square().sum()
-    return float(total / len(h) / K), P.shape[1]
+    _, s, V = torch.linalg.svd(A, full_matrices=False)  # A = U diag(s) V
+    eps = torch.finfo(s.dtype).eps
+    keep = s**2 > max(A.shape) * eps * s[0] ** 2  # pinv(Sigma_B)'s rule: its eigenvalues are s^2
+    keep &= s > 1000 * eps * sums.mean.norm(dim=1).max()  # below it, means differ by their rounding only
+    P = V[keep].T / s[keep]  # (d, rank)
+    within = (float64(h) - sums.mean[y.to(A.device)]) @ P  # (N, rank)
+    return float(within.square().sum() / len(h) / K) if keep.any() else math.nan, P.shape[1]
 
 
 def trace_ratio(h: Tensor, y: Tensor, sums: ClassSums | None = None) -> float:
-    """tr(Sigma_W) / tr(Sigma_B), the neural-collapse package's `quotient`. inf where no mean differs."""
+    """tr(Sigma_W) / tr(Sigma_B) of h (N, d), y (N,): the neural-collapse package's `quotient`."""
     sums = sums or class_sums(h, y)
-    within = sums.square.sum() / sums.count.sum()
     between = sums.centred.square().sum() / len(sums.mean)
-    return float(within / between)
+    return float(sums.square.sum() / sums.count.sum() / between)
 
 
 def cdnv(h: Tensor, y: Tensor, sums: ClassSums | None = None) -> float:
-    """CDNV (Galanti et al. 2022): mean over pairs of classes of (v_i + v_j) / (2 ||mu_i - mu_j||^2).
-
-    v_k = mean of ||h - mu_k||^2 over class k. inf where two means are equal (nan if neither has any spread).
-    """
+    """CDNV of h (N, d), y (N,): mean over pairs of (v_i + v_j) / (2 ||mu_i - mu_j||^2) (Galanti et al.)."""
     sums = sums or class_sums(h, y)
-    v = sums.square / sums.count
-    i, j = torch.triu_indices(len(v), len(v), 1, device=v.device)
-    return float(((v[i] + v[j]) / (2 * distances(sums.mean)[i, j].square())).mean())
-
-
-VCI_LARGEST_D = 4096  # vci needs the d x d matrix Sigma_W and its eigenvectors; beyond this d it is nan
-
-
-def vci(h: Tensor, y: Tensor, sums: ClassSums | None = None) -> float:
-    """VCI = 1 - tr(pinv(Sigma_W + Sigma_B) Sigma_B) / r, r = min(d, K-1), of variability (Xu & Liu 2023).
-
-    From 0, collapsed, to 1, whatever the invertible linear map of the features. Computed as
-        1/r sum_{i<=r} 1 / (1 + g_i)      g: the r largest eigenvalues of A pinv(Sigma_W) A^T, A as in nc1
-    which near collapse, g -> inf, does not subtract from 1. nan where nothing differs, and for d > 4096.
-    """
-    sums = sums or class_sums(h, y)
-    K, d = sums.mean.shape
-    if d > VCI_LARGEST_D:
-        return math.nan
-    Sigma_W = sums.mean.new_zeros(d, d)
-    for x, k in chunks(h, y):
-        z = x - sums.mean.index_select(0, k)
-        Sigma_W.addmm_(z.T, z, alpha=1 / len(h))
-    e, V = torch.linalg.eigh(Sigma_W)  # Sigma_W = V diag(e) V^T
-    # a direction without spread makes g huge, not inf
-    least = d * torch.finfo(e.dtype).eps * e[-1] + rounding(sums.mean) ** 2
-    B = sums.centred / K**0.5 @ V / e.clamp_min(least).sqrt()  # B B^T = A pinv(Sigma_W) A^T
-    if e[-1] <= least and sums.centred.norm() <= rounding(sums.mean):
-        return math.nan
-    g = torch.linalg.svdvals(B)[: min(d, K - 1)].square()
-    return float((1 / (1 + g)).mean())
+    v = sums.square / sums.count  # (K,) mean of ||h - mu_k||^2 over class k
+    return float((torch.combinations(v).sum(1) / (2 * torch.pdist(sums.mean).square())).mean())
 
 
 def class_distances(h: Tensor, y: Tensor, sums: ClassSums | None = None) -> Tensor:
     """D_ij = mean squared distance between a sample of class i and one of class j, (K, K) float64.
 
-    = v_i + v_j + ||mu_i - mu_j||^2; on the diagonal over distinct samples, 2 v_i n_i / (n_i - 1), nan for a
-    class of one. (Diagnostic of Yang, Steinhardt & Hu 2023, whose formula we did not see.)
+    = v_i + v_j + ||mu_i - mu_j||^2; D_ii = 2 v_i n_i / (n_i - 1), over distinct samples: nan for a class of
+    one. h (N, d), y (N,). (Diagnostic of Yang, Steinhardt & Hu 2023, whose formula we did not see.)
     """
     sums = sums or class_sums(h, y)
     v = sums.square / sums.count
@@ -1050,7 +687,7 @@ def class_distances(h: Tensor, y: Tensor, sums: ClassSums | None = None) -> Tens
 
 def unit(V: Tensor) -> Tensor:
     """Rows of V (K, d) at length 1, float64; nan for a row of zeros, which has no direction."""
-    V = V.detach().double()
+    V = float64(V)
     return V / V.norm(dim=1, keepdim=True)
 
 
@@ -1060,81 +697,65 @@ def cosines(V: Tensor) -> Tensor:
     return V @ V.T
 
 
-def _pairs(C: Tensor) -> Tensor:
-    """Entries of a symmetric matrix (K, K) above its diagonal, (K (K-1) / 2,)."""
-    i, j = torch.triu_indices(len(C), len(C), 1, device=C.device)
-    return C[i, j]
-
-
 def _pairwise_cosines(V: Tensor) -> Tensor:
-    """Cosines between all pairs of rows of V (K, d), (K (K-1) / 2,); nan with a row of zeros."""
-    V = unit(V)
-    return _pairs(V @ V.T)
+    """cos = 1 - r^2/2, r the distance of unit rows, of all pairs of rows of V (K, d): (K (K-1) / 2,)."""
+    return 1 - torch.pdist(unit(V)).square() / 2
 
 
 def mean_pairwise_cosine(V: Tensor, classes: Tensor) -> float:
-    """Mean cosine between the rows `classes` of V. 1: minority collapse (Fang et al. 2021); -1/(K-1): an ETF.
-
-    nan where there are fewer than two classes, or one of them is a row of zeros.
-    """
-    return float(_pairwise_cosines(V[classes]).mean())
+    """Mean cosine of V's rows `classes`, V (K, d). 1: minority collapse (Fang et al. 2021); nan: < 2 rows."""
+    return float(_pairwise_cosines(V[classes.to(V.device)]).mean())
 
 
 def distances(V: Tensor) -> Tensor:
-    """Pairwise distances of the rows of V, (K, d) -> (K, K) float64, by subtraction.
-
-    sqrt(|a|^2 + |b|^2 - 2 a.b) would round the distance of two close vectors to 0, or to nan.
-    """
-    V = V.double()
+    """Pairwise distances of the rows of V, (K, d) -> (K, K) float64, by subtraction: exact for close rows."""
+    V = float64(V)
     return torch.cdist(V, V, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def nc0(W: Tensor) -> float:
-    """NC0 = 1/K ||W^T 1||^2: 0 where the class vectors W (K, d) sum to 0, as NC2 and NC3 together need.
-
-    Not scale-free. (arXiv 2602.16642: SGD and Adam reach it, AdamW does not.)
-    """
-    return float(W.double().sum(0).square().sum() / len(W))
+    """NC0 = 1/K ||W^T 1||^2, not scale-free. 0: the class vectors W (K, d) sum to 0 (arXiv 2602.16642)."""
+    return float(float64(W).sum(0).square().sum() / len(W))
 
 
 def equinorm(V: Tensor) -> float:
-    """NC2, lengths: std / mean of the rows' norms (population std). 0 for an ETF. (Papyan et al. 2020.)"""
-    norm = V.double().norm(dim=1)
+    """NC2, lengths: std / mean of the norms of V's rows (K, d), population std. 0: an ETF (Papyan et al.)."""
+    norm = float64(V).norm(dim=1)
     return float(norm.std(correction=0) / norm.mean())
 
 
 def equiangularity(V: Tensor) -> float:
-    """NC2, angles: mean over pairs of |cos + 1/(K-1)| (Papyan et al.). 0: a simplex ETF; nan: a zero row."""
+    """NC2, angles: mean over pairs of V's rows (K, d) of |cos + 1/(K-1)|. 0: an ETF (Papyan et al.)."""
     return float((_pairwise_cosines(V) + 1 / (len(V) - 1)).abs().mean())
 
 
 def self_duality(W: Tensor, M: Tensor) -> float:
     """NC3: ||W/||W||_F - M/||M||_F||_F^2 for class vectors W and centred means M, both (K, d); in [0, 4]."""
-    M = M.double()
-    W = W.double().to(M.device)
+    M = float64(M)
+    W = float64(W).to(M.device)
     return float((W / W.norm() - M / M.norm()).square().sum())
 
 
 def simplex_etf_distance(V: Tensor, U: Tensor | None = None) -> float:
     """||A/||A||_F - E||_F, A = V U^T (U = V if not given), E = (I - 11^T/K) / sqrt(K-1) an ETF's Gram matrix.
 
-    V, U (K, d). NC2 in one number, lengths and angles together, of class vectors (Zhu et al. 2021; tding1's
-    code) or centred means (neural-collapse package); with V = W and U = M centred it is their NC3.
+    V, U (K, d). NC2 of class vectors or centred means (Zhu et al. 2021); of V = W, U = M centred their NC3.
     """
-    V = V.double()
-    A = V @ (V if U is None else U.double().to(V.device)).T
+    V = float64(V)
+    A = V @ (V if U is None else float64(U).to(V.device)).T
     K = len(A)
-    E = (torch.eye(K, dtype=A.dtype, device=A.device) - 1 / K) / (K - 1) ** 0.5
+    E = (torch.eye(K).to(A) - 1 / K) / (K - 1) ** 0.5
     return float((A / A.norm() - E).norm())
 
 
 def nearest_mean(h: Tensor, M: Tensor) -> Tensor:
-    """argmin_k ||h - mu_k|| of each feature h (N, d), means M (K, d), (N,)."""
-    M = M.to(metric_device(h.device), torch.float64)
-    centre = M.mean(0)  # products lose digits far from the origin: centre first
+    """argmin_k ||h - mu_k|| of each feature: h (N, d), M (K, d) -> (N,). A mean of nan is nearest to none."""
+    h = float64(h)
+    M = float64(M).to(h.device)
+    centre = M.nanmean(0)  # products lose digits far from the origin
     V = M - centre
-    half = V.square().sum(1) / 2  # ||h - mu||^2 / 2 = ||h||^2 / 2 - h.mu + ||mu||^2 / 2, h and mu centred
-    return torch.cat([((x - centre) @ V.T - half).argmax(1) for (x,) in chunks(h)])
+    score = (h - centre) @ V.T - V.square().sum(1) / 2  # (N, K) ||h||^2 / 2 - ||h - mu||^2 / 2
+    return score.nan_to_num(nan=-torch.inf).argmax(1)
 
 
 def nearest_mean_mismatch(h: Tensor, prediction: Tensor, M: Tensor) -> float:
@@ -1144,7 +765,7 @@ def nearest_mean_mismatch(h: Tensor, prediction: Tensor, M: Tensor) -> float:
 
 
 def collapse_metrics(h: Tensor, y: Tensor, W: Tensor, prediction: Tensor, few: Tensor) -> dict[str, float]:
-    """All of NC1..NC4 and minority collapse for features h (N, d), labels y, class vectors W (K, d)."""
+    """NC1 to NC4, minority collapse: h (N, d), y (N,), W (K, d), predictions (N,), few: class indices."""
     sums = class_sums(h, y, len(W))
     spread, rank = nc1(h, y, sums)
     M = sums.centred
@@ -1157,151 +778,71 @@ def collapse_metrics(h: Tensor, y: Tensor, W: Tensor, prediction: Tensor, few: T
         "nc2_equiangular_W": equiangularity(W),
         "nc3": self_duality(W, M),
         "nc4": nearest_mean_mismatch(h, prediction, sums.mean),
-        "minority_cosine_M": mean_pairwise_cosine(M, few.to(M.device)),
-        "minority_cosine_W": mean_pairwise_cosine(W, few.to(W.device)),
+        "minority_cosine_M": mean_pairwise_cosine(M, few),
+        "minority_cosine_W": mean_pairwise_cosine(W, few),
     }
 
 
 def zero_mean_metrics(means: Tensor, W: Tensor | None = None) -> dict[str, float]:
-    """Zero-mean neural collapse (ZNC): NC2 and NC3 with the origin in the place of the global mean.
+    """Zero-mean neural collapse (ZNC; Kim, part 2): NC2 and NC3 with the origin in the global mean's place.
 
-    means (K, d) class means, not centred, W (K, d) class vectors or None. All are 0 where the means have one
-    length, are orthogonal and point along W, as under a fixed non-negative orthogonal classifier:
-        znc_equinorm       std / mean of the means' norms
-        znc_mean_cosine    mean over pairs of |cos|; znc_max_cosine: the largest
-        znc_cosine_spread  std over pairs of cos
-        znc_alignment      ||W/||W||_F - M/||M||_F||_F^2, in [0, 4]; only where W is given
-    Centre and target are those of the thesis abstract (Kim, part 2). Its released code (znc_utils.py) differs
-    in three places: stds are the sample's (norms: larger by sqrt(K/(K-1))); cosines are averaged with their
-    sign, so that they cancel; (Z)NC1 averages the classes' covariances, where nc1 pools samples (on a long
-    tail 6 to 8% apart).
-    A mean at the origin has no angle: the cosines are nan. Raises ValueError for fewer than two classes.
+    means (K, d) class means, not centred, K >= 2; W (K, d) class vectors or None. All are 0 where the means
+    have one length, are orthogonal and point along W. The released znc_utils.py has the sample's stds,
+    cosines that cancel by their sign, and (Z)NC1 that averages the classes' covariances (nc1 pools samples).
     """
-    K = len(means)
-    if K < 2:
-        raise ValueError(f"zero_mean_metrics: {K} class, and an angle needs two")
-    C = _pairwise_cosines(means)
+    cosine = _pairwise_cosines(means).abs()
     result = {
         "znc_equinorm": equinorm(means),
-        "znc_mean_cosine": float(C.abs().mean()),
-        "znc_max_cosine": float(C.abs().max()),
-        "znc_cosine_spread": float(C.std(correction=0)),
+        "znc_mean_cosine": float(cosine.mean()),
+        "znc_max_cosine": float(cosine.max()),
     }
     return result if W is None else {**result, "znc_alignment": self_duality(W, means)}
 
 
-# Generalized neural collapse (GNC, Liu et al. 2023): for any K and d the directions are spread as evenly as
-# they can be, of which the simplex ETF is the case K <= d + 1. All below take the rows' directions only.
-
-
-def riesz_energy(V: Tensor, s: float = 0.0) -> float:
-    """Mean over pairs of sign(s) r^-s, or of log(1/r) for s = 0; r = ||v_i - v_j|| of unit rows of V (K, d).
-
-    Lower is more uniform; inf where two directions are equal. The released s = d - 2 underflows for d = 512.
-    """
-    r = _pairs(distances(unit(V)))
-    if s == 0:
-        return float(-r.log().mean())
-    return math.copysign(1, s) * float((r**-s).mean())
-
-
-def _angles(V: Tensor) -> Tensor:
-    """Angles in degrees between all pairs of rows of V (K, d), (K (K-1) / 2,)."""
-    V = unit(V)
-    # angle = 2 atan(||a - b|| / ||a + b||): acos loses half of the digits at 0 and 180 degrees
-    apart = _pairs(distances(V))
-    both = _pairs(torch.cdist(V, -V, compute_mode="donot_use_mm_for_euclid_dist"))
-    return torch.rad2deg(2 * torch.atan2(apart, both))
+def riesz_energy(V: Tensor, s: float = 2) -> float:
+    """Mean over pairs of r^-s, r the distance of unit rows of V (K, d). Low: uniform; inf: two are equal."""
+    return float((torch.pdist(unit(V)) ** -s).mean())
 
 
 def smallest_angle(V: Tensor) -> float:
-    """Smallest angle between two rows of V (K, d), in degrees; arccos(-1/(K-1)) for a simplex ETF."""
-    return float(_angles(V).min())
+    """Smallest angle between two rows of V (K, d), K >= 2, in degrees; arccos(-1/(K-1)) for a simplex ETF."""
+    half_chord = torch.pdist(unit(V)).min() / 2  # arccos of the cosine would lose half of the digits near 0
+    return float(torch.rad2deg(2 * torch.asin(half_chord.clamp(max=1))))
 
 
-def minority_angle(V: Tensor, classes: Tensor) -> float:
-    """Mean angle between the rows `classes` of V, in degrees; 0 at minority collapse. nan for < 2."""
-    return float(_angles(V[classes]).mean())
+def one_vs_rest_distance(V: Tensor) -> Tensor:
+    """Distance of each row's direction from the convex hull of the others', V (K, d) -> (K,), K >= 2.
 
-
-def _nearest_point(D: Tensor, tolerance: float, steps: int) -> tuple[float, float]:
-    """Distance of 0 from the convex hull of the rows of D (n, d), and how far off it is at most.
-
-    Wolfe's algorithm (1976): w, the weights of some rows, is made exact on them; the rows that reach farthest
-    towards 0 join, twice as many each time that helps; on the way to the new weights the first to become 0
-    drops out. The point u = sum_j w_j D_j certifies itself: ||u|| is above the distance, and
-    min_j <D_j, u/||u||> below it.
+        min_a || sum_{j != k} a_j v_j - v_k ||    over a >= 0, sum_j a_j = 1, of unit rows v of V
+    By duality the margin max_h min_j <w_k - w_j, h> over unit h (Jiang et al. 2024). At best K/(K-1) if
+    K <= d + 1, 1 if d + 2 <= K <= 2d, 1 - cos(2 pi/K) if d = 2. nan if a row is 0. K = 1000: a minute.
+    With rows D_j = v_j - v_k, a is w / sum(w) for w = argmin ||D^T w||^2 + (1^T w - 1)^2 over w >= 0.
     """
-    rows = D.norm(dim=1).argmin()[None]
-    u = D[rows[0]]
-    w = u.new_ones(1)
-    upper = u.norm()
-    gap = u.norm()
-    joining = 1
-    for _ in range(steps):
-        if gap <= tolerance:
-            break
-        G = D[rows] @ D[rows].T
-        G.diagonal().add_(1e-15 * G.diagonal().max())
-        exact = torch.cholesky_solve(torch.ones_like(w)[:, None], torch.linalg.cholesky_ex(G).L)[:, 0]
-        exact /= exact.sum()
-        if exact.min() < 0:
-            w += (w / (w - exact))[exact < 0].min() * (exact - w)
-            rows = rows[w > 1e-14]
-            w = w[w > 1e-14]
-            continue
-        w = exact
-        u = w @ D[rows]
-        joining = 2 * joining if u.norm() < upper else 1
-        upper = u.norm()
-        reach = D @ u / upper
-        gap = upper - reach.min().clamp(0, upper)
-        room = min(joining, D.shape[1] + 1 - len(rows), len(D))
-        new = reach.topk(max(room, 1), largest=False).indices
-        new = new[(reach[new] < upper - tolerance) & ~torch.isin(new, rows)]
-        rows = torch.cat([rows, new])
-        w = torch.cat([w, w.new_zeros(len(new))])
-    return float(upper), float(gap)
+    from scipy.optimize import nnls
 
-
-def one_vs_rest_distance(V: Tensor, tolerance: float = 1e-8, steps: int = 1000) -> tuple[Tensor, Tensor]:
-    """Distance of each row's direction from the convex hull of the others', and how far off it is at most.
-
-    V (K, d) -> (K,), (K,) float64; nan if a row is 0. By duality the margin max_h min_j <w_k - w_j, h> over
-    unit h (Jiang et al. 2024). K/(K-1) for K <= d + 1 at best, 1 for d + 2 <= K <= 2d, 1 - cos(2 pi/K) for
-    d = 2. A thousand classes take up to a minute.
-    """
-    V = unit(V)
+    V = unit(V).cpu()
     K, d = V.shape
-    if K < 2:
-        raise ValueError(f"one_vs_rest_distance: {K} class has no rest")
-    if V.isnan().any():
-        return V.new_full((K,), math.nan), V.new_full((K,), math.nan)
-    if d > K:
-        V = torch.linalg.qr(V.T).R.T  # the same angles in K dimensions
-    rows = tqdm(range(K), desc="one-vs-rest distance", leave=False, disable=None if K > 200 else True)
-    found = [_nearest_point(torch.cat([V[:k], V[k + 1 :]]) - V[k], tolerance, steps) for k in rows]
-    distance, gap = torch.tensor(found, dtype=V.dtype, device=V.device).T
-    return distance, gap
+    distance = V.new_full((K,), math.nan)
+    if V.isfinite().all():
+        for k in tqdm(range(K), desc="one-vs-rest distance", leave=False, disable=None if K > 200 else True):
+            D = (torch.cat([V[:k], V[k + 1 :]]) - V[k]).numpy()
+            w, _ = nnls(np.vstack([D.T, np.ones(K - 1)]), np.append(np.zeros(d), 1))
+            distance[k] = np.linalg.norm(w @ D) / w.sum()
+    return distance
 
 
 def generalized_metrics(V: Tensor) -> dict[str, float]:
-    """GNC2 of class vectors or centred means V (K, d): energies, smallest angle and distance."""
-    distance, gap = one_vs_rest_distance(V)
-    worst = distance.argmin()
+    """GNC2 (Liu et al. 2023): how evenly the directions of class vectors or centred means V (K, d) spread."""
     return {
-        "gnc_log_energy": riesz_energy(V, 0),
-        "gnc_riesz1_energy": riesz_energy(V, 1),
-        "gnc_riesz2_energy": riesz_energy(V, 2),
+        "gnc_riesz2_energy": riesz_energy(V),
         "gnc_smallest_angle": smallest_angle(V),
-        "gnc_one_vs_rest": float(distance[worst]),
-        "gnc_one_vs_rest_gap": float(gap[worst]),
+        "gnc_one_vs_rest": float(one_vs_rest_distance(V).min()),
     }
 
 
 def gnc3(W: Tensor, M: Tensor) -> float:
-    """GNC3: mean over classes of 1 - cos(w_k, mu_k - mu_G); class vectors and centred means, (K, d)."""
-    return float(1 - (unit(W).to(M.device) * unit(M)).sum(1).mean())
+    """GNC3: mean over classes of 1 - cos(w_k, mu_k - mu_G); class vectors W and centred means M, (K, d)."""
+    return float(1 - (unit(W.to(M.device)) * unit(M)).sum(1).mean())
 
 
 def clustering_agreement(cluster, y) -> dict[str, float]:
@@ -1311,18 +852,14 @@ def clustering_agreement(cluster, y) -> dict[str, float]:
     ari: Rand index, 0 by chance; matched: right under the best one-to-one assignment of clusters to classes.
     """
     from scipy.optimize import linear_sum_assignment
-    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
-    from sklearn.metrics.cluster import contingency_matrix
+    from sklearn import metrics
 
-    cluster = np.asarray(cluster)
-    y = np.asarray(y)
-    table = contingency_matrix(y, cluster)  # (classes, clusters)
-    best = table[linear_sum_assignment(table, maximize=True)].sum()
+    table = metrics.cluster.contingency_matrix(y, cluster)  # (classes, clusters)
     return {
         "purity": float(table.max(0).sum() / len(y)),
-        "nmi": float(normalized_mutual_info_score(y, cluster)),
-        "ari": float(adjusted_rand_score(y, cluster)),
-        "matched": float(best / len(y)),
+        "nmi": float(metrics.normalized_mutual_info_score(y, cluster)),
+        "ari": float(metrics.adjusted_rand_score(y, cluster)),
+        "matched": float(table[linear_sum_assignment(table, maximize=True)].sum() / len(y)),
     }
 
 
