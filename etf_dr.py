@@ -55,7 +55,6 @@ from torch import Tensor
 
 
 # %%
-# [copied: simplex_etf]
 def simplex_etf(K: int, d: int, generator: torch.Generator | None = None) -> Tensor:
     """Class vectors of a random simplex ETF: (K, d) float64, unit rows, every pairwise cosine -1/(K-1).
 
@@ -69,8 +68,6 @@ def simplex_etf(K: int, d: int, generator: torch.Generator | None = None) -> Ten
     Q = torch.linalg.qr(torch.randn(d, K - 1, generator=generator, dtype=torch.float64)).Q  # (d, K-1)
     return math.sqrt(K / (K - 1)) * U @ Q.T
 
-
-# [end copied]
 
 # %% [markdown]
 # ## Cross-entropy: a pull and a push
@@ -139,6 +136,7 @@ def class_length(y: Tensor, K: int) -> Tensor:
 
 # %%
 import argparse
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -294,8 +292,8 @@ class ResNet32(nn.Module):
         self.conv = nn.Conv2d(channels, 16 * width, 3, padding=1, bias=False)
         self.bn = nn.BatchNorm2d(16 * width)
         sizes = [16 * width] * 6 + [32 * width] * 5 + [64 * width] * 5
-        pairs = zip(sizes[:-1], sizes[1:], strict=True)
-        self.blocks = nn.Sequential(*(Block(a, b, stride=b // a) for a, b in pairs))
+        blocks = [Block(before, after, after // before) for before, after in itertools.pairwise(sizes)]
+        self.blocks = nn.Sequential(*blocks)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -459,9 +457,8 @@ def train(args: argparse.Namespace, run: common.Run, data: common.Dataset) -> di
     optimizer = torch.optim.SGD(
         model.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=run.fused
     )
-    images = common.Batches(
-        data.train_x, data.mean, data.std, pad=data.pad, flip=data.flip, device=run.device
-    )
+    augment = {"pad": data.pad, "flip": data.flip}
+    images = common.Batches(data.train_x, data.mean, data.std, **augment, device=run.device)
     batches = common.split_evenly(len(data.train_y), args.batch_size)
 
     for epoch in run.epochs(args.epochs, model=model, optimizer=optimizer, generator=generator):
@@ -543,12 +540,12 @@ def measure(model: nn.ModuleDict, data: common.Dataset, run: common.Run) -> dict
 
 COLUMNS = {  # entry of result.json: title, unit, what it is
     "accuracy": ("accuracy", "%", "of the test images after the last epoch"),
-    "best_accuracy": ("best", "%", "highest of the tested epochs, chosen on the test set"),
-    "train_accuracy": ("train", "%", "of the training images, unaugmented"),
     "few": ("few", "%", "of the test images of the few, the rarest classes"),
-    "heads.nearest_mean": ("nearest mean", "%", "by the nearest class mean of the same features"),
-    "heads.logit_adjustment": ("adjusted", "%", "by logit adjustment: log n_k off learnt logits"),
-    "minority_cosine_W": ("cosine", "", "of the few's class vectors; 1: collapse, -1/(K-1): simplex"),
+    "minority_cosine_W": ("cos few", "", "mean cosine of the few's class vectors; 1: minority collapse"),
+    "train_accuracy": ("train", "%", "of the training images, unaugmented"),
+    "train_few": ("train few", "%", "of the few's training images"),
+    "heads.logit_adjustment": ("logit adj.", "%", "right once log n_k is taken off learnt logits"),
+    "heads.nearest_mean": ("near mean", "%", "right by the nearest class mean of the same features"),
 }
 
 
