@@ -50,8 +50,8 @@ from torch import Tensor
 # ## The simplex ETF: K directions as far apart as K can be
 # $$ W = \sqrt{\tfrac{K}{K-1}}\, U Q^\top, \quad U U^\top = I - \tfrac{1}{K} 1 1^\top, \quad Q^\top Q = I
 #    \quad\Rightarrow\quad w_k^\top w_j = \tfrac{K}{K-1} [k = j] - \tfrac{1}{K-1} $$
-# [Papyan et al. 2020; fixed: Yang et al. 2022] Balanced training ends here, so start here and stay. No class
-# vector can move then, that of a rare class neither.
+# [Papyan et al. 2020] Class vectors of balanced training end here. [Yang et al. 2022] Start here and stay: a
+# vector that is fixed cannot be pushed onto another one.
 
 
 # %%
@@ -151,8 +151,8 @@ import common
 # $$ \min_{W, H} \sum_k \frac{n_k}{N}\, L_{CE}(h_k, W, k), \qquad
 #    \frac{1}{K} \sum_k \lVert w_k \rVert^2 = E_W, \quad \frac{1}{K} \sum_k \lVert h_k \rVert^2 = E_H $$
 # [Fang et al. 2021] One feature per class is enough, since the loss is convex in h. In W and H together it is
-# not, but there are no bad local minima for d >= K. From some ratio of class sizes on, rare classes share
-# one vector.
+# not, but for d >= K no local minimum is worse than another. From some ratio of class sizes on, all rare
+# classes have the same vector.
 
 
 # %%
@@ -177,7 +177,7 @@ def learnable_optimum(counts: list[int], E_W: float, E_H: float) -> tuple[Tensor
 # ## Fixed class vectors in this model
 # $$ \min_{\lVert h \rVert^2 \le E_H} L_{CE} = \log\left( 1 + (K-1)\, e^{-E K / (K-1)} \right)
 #    \quad\text{at}\quad h = \sqrt{E_H / E_W}\; w_y, \qquad E = \sqrt{E_W E_H} $$
-# [Yang et al. 2022, theorem 1] Now every sample has a problem of its own, so that class counts do not matter.
+# [Yang et al. 2022, theorem 1] Every sample has a problem of its own now, so class counts do not matter.
 
 
 # %%
@@ -204,7 +204,7 @@ def check_theory(folder: Path) -> dict:
 
     W, _ = learnable_optimum([1] * K, 1, E_H)
     cosine = common.mean_pairwise_cosine(W, torch.arange(K))
-    claims.equal("Ten equal classes: learnt vectors are a simplex, cosine -1/(K-1)", -1 / 9, cosine, 1e-6)
+    claims.equal("Ten equal classes: a simplex, cosine -1/(K-1)", -1 / 9, cosine, 1e-6)
     W, _ = learnable_optimum(counts, 1, E_H)
     cosine = common.mean_pairwise_cosine(W, torch.arange(5, 10))
     claims.equal("Five have 1/100 of the images: they share one vector, cosine", 1, cosine, 1e-6)
@@ -217,7 +217,7 @@ def check_theory(folder: Path) -> dict:
     reached = cross_entropy_loss(H, W, y).item()
     claims.equal("On a fixed simplex the least CE is log(1+(K-1)exp(-E K/(K-1)))", least, reached, 1e-9)
     farthest = (H - math.sqrt(E_H) * W[y]).norm(dim=1).max().item()
-    claims.equal("   with every feature, rare too, on its own vector: distance", 0, farthest, 1e-5)
+    claims.equal("   with every feature on its own vector: distance", 0, farthest, 1e-5)
 
     def dr(H, W, y):
         return dot_regression_loss(H, W, y, None, 1, E_H)
@@ -345,8 +345,8 @@ class LearnableHead(nn.Module):
 class SimplexHead(nn.Module):
     """A random simplex ETF, never trained: h (B, d) -> h (B, d) and W (K, d) of unit length, in float32.
 
-    Features behind a ReLU fill one orthant only, vectors of an ETF point everywhere: hence BatchNorm. As
-    released no logit exceeds 1, so that ETF + CE cannot be surer than p = 0.25 for 10 classes.
+    Features behind a ReLU fill one orthant only, vectors of an ETF point everywhere: hence BatchNorm. No
+    logit exceeds 1, as released, so that the largest p of ETF + CE is 0.25 for 10 classes.
     """
 
     def __init__(self, K: int, d: int):
@@ -367,7 +367,7 @@ def build_model(args: argparse.Namespace, name: str, data: common.Dataset) -> nn
         return nn.ModuleDict({"network": network, "classifier": LearnableHead(K, network.d)})
     if network.d < K - 1:
         needed = f"a simplex of {K} classes needs {K - 1} feature dimensions, not {network.d}"
-        raise common.UserError(f"--method {name}: {needed}; take --net resnet32 and a larger --width")
+        raise common.UserError(f"--method {name}: {needed}; take a larger --width of resnet32")
     return nn.ModuleDict({"network": network, "classifier": SimplexHead(K, network.d)})
 
 
@@ -449,7 +449,7 @@ def train(args: argparse.Namespace, run: common.Run, data: common.Dataset) -> di
     """Train one method with one seed, from its last checkpoint on. Returns what was measured at the end."""
     method = METHODS[run.name]
     K = len(data.classes)
-    weighted = (args.class_length if method.loss is dot_regression_loss else args.reweight) == "on"
+    switch = args.class_length if method.loss is dot_regression_loss else args.reweight
     torch.manual_seed(run.seed)  # initial weights
     generator = torch.Generator().manual_seed(run.seed)  # order, crops, flips, partners and lam
     model = build_model(args, run.name, data).to(run.device, memory_format=torch.channels_last)
@@ -466,7 +466,7 @@ def train(args: argparse.Namespace, run: common.Run, data: common.Dataset) -> di
         optimizer.param_groups[0]["lr"] = lr
         pairs = draw_pairs(batches, generator)  # (N, 2): image and Mixup partner of each sample
         labels = data.train_y[pairs]  # (N, 2)
-        weights = length_weights(labels, batches, K) if weighted else torch.ones(labels.shape)  # (N, 2)
+        weights = length_weights(labels, batches, K) if switch == "on" else torch.ones(labels.shape)
         lam = draw_lam(method.mixup, batches, generator)  # (N,)
         labels, weights, lam = (tensor.to(run.device) for tensor in (labels, weights, lam))
         model.train()
@@ -482,9 +482,9 @@ def train(args: argparse.Namespace, run: common.Run, data: common.Dataset) -> di
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            run.add_loss(loss)  # stays on the device; read once per epoch
+            run.add_loss(loss)
         run.log(lr=lr)
-        if run.is_test_epoch(epoch):  # every --eval-every epochs, and after the last one
+        if run.is_test_epoch(epoch):
             run.log(**test(model, data, run))
     return measure(model, data, run)
 
@@ -564,7 +564,7 @@ def draw_figures(folder: Path, runs: list[common.Run]) -> None:
         title = "fixed simplex ETF" if method.fixed else name  # the same for all
         cosine = common.mean_std([of_method[0].finished["minority_cosine_W"]])
         W = torch.from_numpy(of_method[0].load_features()["W"][order])
-        maps[f"{title}: few {cosine}"] = common.cosines(W).fill_diagonal_(math.nan).numpy()
+        maps[f"{title}\ncosine of the few: {cosine}"] = common.cosines(W).fill_diagonal_(math.nan).numpy()
 
     axes = {"xlabel": "epoch", "ylabel": "test accuracy (%)"}
     common.curves(folder / "training.png", progress, common.styles(progress), **axes)
@@ -596,9 +596,8 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
     if args.synthetic:
         return check_theory(args.out / "etf_dr" / "synthetic")
-    least = (
-        3 * common.ranks()[1]
-    )  # cut evenly, no batch holds a single image then, which BatchNorm cannot use
+    # Cut evenly, no batch holds a single image then, which BatchNorm cannot use
+    least = 3 * common.ranks()[1]
     if args.batch_size < least:
         raise common.UserError(f"--batch-size {args.batch_size}: expected {least} or more")
     data = common.prepare_data(args)
