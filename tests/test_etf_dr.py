@@ -141,9 +141,9 @@ def test_a_batch_has_one_lam_and_what_is_not_mixed_has_1():
 
 
 def test_weights_are_inverse_frequencies_of_the_unmixed_labels():
-    y = torch.tensor([[0, 1], [0, 0], [0, 0], [1, 0]])  # (N, 2): labels and their partners'
+    y = torch.tensor([[0, 1], [0, 1], [0, 0], [1, 0]])  # (N, 2): labels and their partners'
     weights = script.length_weights(y, [slice(0, 4)], 3)
-    torch.testing.assert_close(weights, torch.tensor([[4 / 6, 2.0], [4 / 6] * 2, [4 / 6] * 2, [2.0, 4 / 6]]))
+    torch.testing.assert_close(weights, torch.tensor([[4 / 6, 2.0], [4 / 6, 2.0], [4 / 6] * 2, [2.0, 4 / 6]]))
 
 
 def test_heads():
