@@ -79,7 +79,7 @@ def test_which_is_the_faster_one_depends_on_the_lengths():
 def test_a_wrong_claim_fails(tmp_path, monkeypatch, capsys):
     """The check is able to say no: class vectors that do not collapse make the second claim fail."""
     monkeypatch.setattr(theory, "learnable_optimum", lambda n, *_: (theory.simplex_etf(len(n), len(n)), None))
-    monkeypatch.setattr(theory, "draw_simplex", lambda path: None)
     assert not theory.main(["--synthetic", "--out", str(tmp_path)])["ok"]
     lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith(" NO")]
     assert len(lines) == 1 and "share one vector" in lines[0]
+    assert (tmp_path / "etf_dr" / "synthetic" / "simplex.png").read_bytes().startswith(b"\x89PNG")
