@@ -506,8 +506,7 @@ def embed(
             h = model["network"](x)
         h, W = model["classifier"](h)
         hs.append(h)
-    where = common.metric_device(run.device)
-    return torch.cat(hs).to(where), W.detach().to(where)
+    return torch.cat(hs), W.detach()
 
 
 def test(model: nn.ModuleDict, data: common.Dataset, run: common.Run) -> dict[str, float]:
@@ -523,7 +522,6 @@ def measure(model: nn.ModuleDict, data: common.Dataset, run: common.Run) -> dict
     test_h, _ = embed(model, data.test_x, data, run)
     train_y = data.train_y.to(W.device)
     test_y = data.test_y.to(W.device)
-    few = data.groups["few"]
     z = train_h @ W.T
     of_train = common.accuracies(z, train_y, data.groups)
     softmax = not METHODS[run.name].fixed  # log n_k would outweigh logits between -1 and 1
@@ -532,8 +530,8 @@ def measure(model: nn.ModuleDict, data: common.Dataset, run: common.Run) -> dict
         **common.accuracies(test_h @ W.T, test_y, data.groups),
         "train_accuracy": of_train["accuracy"],
         "train_few": of_train["few"],
-        **common.collapse_metrics(train_h, train_y, W, z.argmax(1), few),
-        "heads": common.heads(train_h, train_y, test_h, test_y, W, few=few, softmax=softmax),
+        **common.collapse_metrics(train_h, train_y, W, z.argmax(1), data.groups["few"]),
+        "heads": common.heads(train_h, train_y, test_h, test_y, W, softmax=softmax),
         "counts": data.counts.tolist(),
     }
 
@@ -596,10 +594,6 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
     if args.synthetic:
         return check_theory(args.out / "etf_dr" / "synthetic")
-    # Cut evenly, no batch holds a single image then, which BatchNorm cannot use
-    least = 3 * common.ranks()[1]
-    if args.batch_size < least:
-        raise common.UserError(f"--batch-size {args.batch_size}: expected {least} or more")
     data = common.prepare_data(args)
     for name in args.method:  # fail early: build every model first
         build_model(args, name, data)
