@@ -564,8 +564,7 @@ def embed(model: nn.Module, images: Tensor, data: common.Dataset, run: common.Ru
             h = model["network"](x)
         h, W, _ = model["classifier"](h)
         hs.append(h)
-    where = common.metric_device(run.device)
-    return torch.cat(hs).to(where), (model["classifier"].scale * W).to(where)
+    return torch.cat(hs), model["classifier"].scale * W
 
 
 def test(model: nn.ModuleDict, data: common.Dataset, run: common.Run) -> dict[str, float]:
@@ -582,7 +581,6 @@ def measure(model: nn.ModuleDict, data: common.Dataset, run: common.Run) -> dict
     test_h, _ = embed(model, data.test_x, data, run)
     train_y = data.train_y.to(W.device)
     test_y = data.test_y.to(W.device)
-    few = data.groups["few"]
     run.save_features(train_h=train_h, train_y=train_y, test_h=test_h, test_y=test_y, W=W)
     fitted = common.accuracies(train_h @ W.T, train_y, data.groups)
     softmax = not model["classifier"].cosine
@@ -590,8 +588,8 @@ def measure(model: nn.ModuleDict, data: common.Dataset, run: common.Run) -> dict
         **common.accuracies(test_h @ W.T, test_y, data.groups),
         "train_accuracy": fitted["accuracy"],
         "train_few": fitted["few"],
-        **common.collapse_metrics(train_h, train_y, W, (train_h @ W.T).argmax(1), few),
-        "heads": common.heads(train_h, train_y, test_h, test_y, W, few=few, softmax=softmax),
+        "minority_cosine_W": common.mean_pairwise_cosine(W, data.groups["few"]),
+        "heads": common.heads(train_h, train_y, test_h, test_y, W, softmax=softmax),
         "counts": data.counts.tolist(),
     }
 
@@ -630,7 +628,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = flags.add_argument
     add("--net", choices=list(NETWORKS), help="network")
     add("--classifier", choices=["learnable", "etf"], default="learnable", help="etf: fixed, d >= K - 1")
-    add("--alpha", type=common.positive, default=1.0, help="lam is drawn from Beta(alpha, alpha)")
+    add("--alpha", type=float, default=1.0, help="lam is drawn from Beta(alpha, alpha)")
     add("--pairs", choices=["unordered", "distinct"], default="unordered", help="what BMLS balances")
     add("--ms", choices=["raw", "unit", "dot"], default="raw", help="reading of the Mixed-Singleton loss")
     args = flags.parse(argv, ABOUT, ["ce", "mixup", "bmls+ms"], RECIPES, dataset="digitslt", eval_every=5)

@@ -142,6 +142,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from matplotlib.figure import Figure
 from torch import nn
 
 import common
@@ -232,8 +233,6 @@ def check_theory(folder: Path) -> dict:
 # %%
 def draw_simplex(path: Path) -> None:
     """Class vectors of three classes, two of them rare: the fixed simplex beside learnt optima."""
-    from matplotlib.figure import Figure
-
     simplex = simplex_etf(3, 2, torch.Generator().manual_seed(1))
     pictures = {"fixed, any class sizes": simplex}
     for ratio in (3, 100):
@@ -530,7 +529,7 @@ def measure(model: nn.ModuleDict, data: common.Dataset, run: common.Run) -> dict
         **common.accuracies(test_h @ W.T, test_y, data.groups),
         "train_accuracy": of_train["accuracy"],
         "train_few": of_train["few"],
-        **common.collapse_metrics(train_h, train_y, W, z.argmax(1), data.groups["few"]),
+        "minority_cosine_W": common.mean_pairwise_cosine(W, data.groups["few"]),
         "heads": common.heads(train_h, train_y, test_h, test_y, W, softmax=softmax),
         "counts": data.counts.tolist(),
     }
@@ -581,7 +580,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     flags = common.Flags("etf_dr", __doc__)
     add = flags.add_argument
     add("--net", choices=["resnet32", "cnn"], help="network")
-    add("--width", type=common.at_least(1), help="resnet32: channels times this")
+    add("--width", type=int, help="resnet32: channels times this")
     on_off = ["on", "off"]
     add("--class-length", choices=on_off, default="on", help="dr: weights of inverse class frequency")
     add("--reweight", choices=on_off, default="off", help="ce: the same weights")

@@ -116,7 +116,7 @@ def test_ms_unit_optimum(lam, cos):
 
 
 def test_each_method_of_the_mixed_singleton_loss_goes_where_it_should():
-    """raw has a floor, inf_t log(1 + e^{-lam t}) + log(1 + e^{(1-lam) t}); dot sends h to the mixed vector."""
+    """raw has a floor, inf_t log(1 + e^{-lam t}) + log(1 + e^{(1-lam) t}); dot sends h to v."""
     W, a, b = simplex(10), torch.tensor([0]), torch.tensor([1])
     lam = torch.tensor(0.7, dtype=torch.float64)
     start = torch.randn(1, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
