@@ -192,7 +192,8 @@ def test_what_is_learnt_what_is_fixed_and_what_is_kept(name, tmp_path, no_figure
     """The class vectors move, or stay; features.npz reproduces the network's own logits."""
     result, arrays, state = dry_run(tmp_path, name)
     args = script.parse([])
-    data = common.cut_for_dry_run(common.load_dataset("digitslt"), args.batch_size)
+    data = common.load_dataset("digitslt")
+    data = common.keep(data, common.keep_per_class(data.train_y, 6))
     torch.manual_seed(0)
     model = script.build_model(args, name, data)
     assert np.allclose(model["classifier"].W.detach(), arrays["W"], atol=1e-6) == (name == "etf+ce")
@@ -237,7 +238,7 @@ def test_a_fixed_classifier_is_faster_for_the_few_on_digits(tmp_path, capsys):
     """Not a benchmark: in 10 epochs the fixed, normalised head sees to the tail, plain CE does not."""
     argv = ["--method", "ce", "etf+dr", "--epochs", "10", "--eval-every", "10", "--out", str(tmp_path)]
     ce, remedy = script.main(argv)["results"]
-    assert remedy["few"] > ce["few"] + 0.15 and remedy["nc1"] < ce["nc1"]
+    assert remedy["few"] > ce["few"] + 0.15
     assert remedy["minority_cosine_W"] == pytest.approx(-1 / 9, abs=1e-6)
     printed = capsys.readouterr().out
     assert all(f"{title}:" in printed for title, _, _ in script.COLUMNS.values())
