@@ -575,12 +575,14 @@ def draw_figures(folder: Path, runs: list[common.Run]) -> None:
         energy = np.mean([[line["energy"] for line in lines] for lines in tested], axis=0)
         paths[name] = within, 100 * (energy - 1).clip(0)
         features[METHODS[name].about] = group[0].load_features()
-    axes = {"title": "From epoch to epoch; collapse is the lower left corner", "yscale": "symlog"}
+    axes = {"title": "From epoch to epoch; collapse is the lower left corner"}
+    jammed = max(energy.max() for _, energy in paths.values()) > 100
+    axes["yscale"] = "symlog" if jammed else "linear"
     axes["xlabel"] = "within classes: mean distance of test features to their direction"
     axes["ylabel"] = "between: energy of class vectors, % above the least"
     axes |= {"xlim": (0, None), "ylim": (-0.2, None)}
     common.curves(folder / "gap.png", paths, common.styles(METHODS), **axes)
-    if runs[0].config["flags"]["dim"] == 2:
+    if all(arrays["W"].shape[1] == 2 for arrays in features.values()):
         draw_circles(folder / "circle.png", features)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -143,13 +144,13 @@ def test_fixed_class_vectors_are_the_most_uniform_and_stay_so(tmp_path):
         assert len({json.loads(line)["energy"] for line in path.read_text().splitlines()}) == 1
 
 
-@pytest.mark.usefixtures("no_figures")
 def test_cut_bounds_the_steps_of_proxies(tmp_path):
     """Two of ten proxies on a circle start so close that uncut steps make them more than ten long."""
     length = []
     for cut in ([], ["--cut"]):
         argv = [*QUICK, "--epochs", "1", "--dim", "2", "--method", "hug-mhe", *cut]
         folder = script.main([*argv, "--out", str(tmp_path / str(cut))])["folder"]
+        assert {path.name for path in Path(folder).glob("*.png")} == {"gap.png", "circle.png"}
         state = torch.load(f"{folder}/hug-mhe/seed0/checkpoint.pt", weights_only=True)
         length.append(state["model"]["head.W"].norm(dim=1).max())
     # at most 1 long at the start, then four steps at lr .1 with momentum .9
