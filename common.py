@@ -1205,6 +1205,8 @@ MARKERS = "os^DPXv<"
 STYLES = dict.fromkeys(["ce", "learnable", "none"], 0) | dict.fromkeys(["mixup", "ce+mixup", "fno"], 1)
 STYLES |= {"bmls+ms": 2, "sphere": 2, "cosine": 3, "cb": 3, "hug-mhe": 3, "cb-mixup": 4, "etf+ce": 4}
 STYLES |= {"etf+dr+mixup": 5, "bmls": 5, "etf+dr": 6, "balanced-softmax": 6, "cb+ms": 7}
+STYLES |= {"fixed+ce": 1, "fixed+squared": 2, "hug-fixed": 4, "fixed+distance": 5, "hug-mhe-squared": 6}
+STYLES |= {"hug-mhs": 5, "hug-mgd": 6, "ce+norm": 7}
 
 
 def styles(names) -> dict[str, dict]:

@@ -7,163 +7,161 @@
 """Neural collapse beyond K <= d + 1, and the hyperspherical uniformity gap (HUG) that aims at it directly.
 
 Source: Liu, Yu, Weller, Schoelkopf, Generalizing and Decoupling Neural Collapse via Hyperspherical Uniformity
-Gap (ICLR 2023, arXiv 2303.06484), of which we have the abstract, the coefficients and a few settings; and the
-second author's official code (yulonghui/Uniformity-Gap), which has MHE alone.
+Gap (ICLR 2023, arXiv 2303.06484; we have the abstract, the coefficients and a few settings), and the second
+author's official code (yulonghui/Uniformity-Gap), which has MHE alone.
 
-WHAT COLLAPSES. At the end of training with cross-entropy all features of a class fall onto their mean, and
-the K means, centred, onto a simplex ETF: equal angles, cosine -1/(K-1). But K points at equal angles need
-d >= K - 1 dimensions. With 1000 classes and 512 features, or ten digits drawn on a circle, there is no
-simplex to collapse to. Generalized neural collapse (GNC) says what takes its place: features still fall
-onto their class mean, and the means spread over the sphere as uniformly as K points can. Cross-entropy gets
-there by one force that both pulls a feature to its own class vector and pushes it from the others; under a
-long tail the two are out of balance and the rare classes' vectors fall onto each other.
+WHAT COLLAPSES. At the end of training with cross-entropy all features of a class lie on their mean, and the K
+means form a simplex: all angles equal. That takes K - 1 dimensions, and a thousand classes in 512 dimensions,
+or ten digits on a circle, do not have them. Generalized neural collapse says what happens there: features
+still gather at their class mean, and the means spread over the sphere as evenly as K points can.
+Cross-entropy gets there by one force that pulls a feature to its own class vector and pushes it from the
+others; on a long tail the two are out of balance, and rare class vectors fall together (bmls_msclf.py).
 
-THE REMEDY states the two aims separately: HUG = uniformity between classes - uniformity within classes. With
-unit features x_i, one unit proxy w_k per class (the classifier: the nearest proxy wins), the classes C_B of a
-batch and their samples B_c:
+THE REMEDY states the two aims apart: HUG = uniformity between classes - uniformity within classes. The
+classifier is one unit proxy w_k per class; the nearest proxy wins. With unit features x_i, minimise
 
-    L = alpha U(w_1..w_K) + beta (1/|C_B|) sum_{c in C_B} (1/|B_c|) sum_{i in B_c} ||x_i - stopgrad(w_c)||
-    MHE  U = mean_{k<l} ||w_k - w_l||^-2                          official: minimum hyperspherical energy
-    MHS  U = - min_{k<l} ||w_k - w_l||                            reconstructed: maximum separation
-    MGD  U = - 1/K log det G, G_kl = exp(-||w_k - w_l||^2)        reconstructed: maximum Gram determinant
+    L = alpha U(w_1..w_K) + beta mean_c mean_{i in class c} ||x_i - stopgrad(w_c)||
 
-The second term has the minimum 0 at x_i = w_{y_i} wherever the proxies are, so the aims never trade off:
-neither alpha / beta nor the class counts move the optimum. Cost: O(K^2) for the proxies, O(B) for the batch.
-What follows from the official form:
-- Proxies feel the first term alone (stopgrad): "learnable" proxies are uniformity optimised on the way, while
-  the features chase them. `hug-fixed` optimises them beforehand.
-- Means class by class weigh samples by inverse frequency within a batch, as ETF + DR's class lengths do. On a
-  long tail cross-entropy must be given the same before the two are compared: --reweight on.
-- The pair term turns a raw proxy and goes with r^-3 / length. Two that start close throw each other to such
-  lengths that they hardly turn any more: on a circle proxies jam. In 16 dimensions random starts are far
-  enough apart; --reduction sum, which cuts the gradient and keeps lengths at 1, spreads them on a circle too.
-
-Where the best proxies are known (r: distance of two points):         mean r^-2
-    K <= d + 1   simplex          every r = sqrt(2K/(K-1))             (K-1) / 2K
-    K = 2d       cross-polytope   r = 2 once, sqrt 2 else              (4d-3) / (4 (2d-1))
-    d = 2        regular polygon  r = 2 sin(pi j / K), j = 1..K-1      (K+1) / 12
-    K -> inf     uniform law                                           (d-2) / (2 (d-3)), d > 3
+U is the mean of r^-2 over pairs of proxies at distance r (MHE); or MHS, MGD (section 1). The second term is 0
+at x_i = w_{y_i} wherever the proxies are: the aims never compete, and class sizes do not move the optimum.
 
     python hug.py                                 digits in 16 dimensions, where a simplex exists; a minute
-    python hug.py --dim 2 --epochs 100            digits on a circle, where none does and proxies jam
-    python hug.py --synthetic                     the theory above, claim by claim
-    python hug.py --dataset cifar100 --net cnn --dim 64 --epochs 30
+    python hug.py --dim 2 --epochs 100            digits on a circle, where none does and two proxies jam
+    python hug.py --method all                    the other uniformities, fixed class vectors
+    python hug.py --synthetic                     the theory, claim by claim
+    python hug.py --dataset cifar100 --net cnn --dim 64 --epochs 30 --method ce fixed+ce fixed+distance
 
 WHAT THE SOURCES LEAVE OPEN, and what we chose
-- alpha = beta = 1 (official default). The paper's .15/.015 (MHE, MHS) and .15/.03 (MGD) go with sums or with
-  means: not stated. --reduction sum is the former reading, sums over ordered pairs and over the batch with
-  those weights, proxies put back onto the sphere after every step, a proxy's gradient cut to length 1 (r^-2
-  has no bound), the farthest feature per class for MHS, and proxies that feel both terms.
-- MHS and MGD: the same structure as the official MHE. MGD's kernel is as wide as in the first author's code,
-  where it regularises neurons.
-- Schedule, augmentation, attacks: the usual ones, alike for all methods. Proxies have the weight decay of all
-  other parameters, as in the official code; its demo has Nesterov's momentum, which we leave out.
-- hug-fixed is ours: fixed proxies with the dot-regression of Yang et al. 2022. Where a simplex exists it is
-  their ETF + DR; it goes on where none does.
+- alpha = beta = 1 (official). The paper's form has .15 and .015; whether with sums or means is not said.
+- MHS and MGD have the structure of the official MHE; MGD's kernel is that of the first author's other code.
+- Schedule, augmentation, attack: the usual ones, for all methods alike. There is only an official demo, on
+  free features with d = 512, with lr 1 and Nesterov's momentum.
+- The mean class by class weighs rare images more; --reweight on gives cross-entropy the same weights.
+- fixed+..., hug-fixed, ...-squared and --cut are ours. They show where HUG's points go on a hundred classes:
+  its loss is normalised and has no negatives, of which such losses need many (arXiv 2605.20302).
 """
 
 # %% [markdown]
 # # 1. The method
-# This cell needs nothing else, so that it can be pasted into a notebook.
+# A cell per function; pasted one after the other they run without the rest of this file. $x_i$ and $w_k$ are
+# the features $h$ (B, d) and the proxies $W$ (K, d) at unit length, $r_{kl} = \lVert w_k - w_l \rVert$.
 
 # %%
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# x_i and w_k are features h (B, d) and proxies W (K, d) at unit length.
+# %% [markdown]
+# ## MHE: minimum hyperspherical energy
+# $$U = \frac{2}{K(K-1)} \sum_{k<l} r_{kl}^{-2}, \qquad r_{kl}^2 = \lVert w_k - w_l \rVert^2 + \epsilon$$
+# [official; $\epsilon$, a rounding error, is ours] Proxies repel each other like charges. The distances are
+# made by subtraction: in float32 $2 - 2\cos$ is 0 or below for angles up to 5e-4, without a gradient, and
+# two proxies that once came so close would never part.
 
 
+# %%
 def squared_distances(W: Tensor) -> Tensor:
-    """Squared distances of all pairs k < l of unit rows, (K, d) -> (K (K-1) / 2,), never 0.
-
-    By subtraction: 2 - 2 cos is 0 or below in float32 for angles up to 5e-4, without a gradient, and two
-    proxies that once came so close would never part. A rounding error is added, so that r^-2, log r and
-    their gradients stay finite where two rows are equal.
-    """
+    """Of all pairs k < l of unit rows, (K, d) -> (K (K-1) / 2,); never 0, so that r^-2 stays finite."""
     return F.pdist(W).square() + torch.finfo(W.dtype).eps
 
 
 def pair_energy(W: Tensor) -> Tensor:
-    """MHE: mean_{k<l} ||w_k - w_l||^-2 of unit rows. Least where they are most uniform."""
+    """Mean of r^-2 over pairs of unit rows, (K, d) -> scalar: least where they are most uniform."""
     return squared_distances(W).pow(-1).mean()
 
 
+# %% [markdown]
+# ## MHS: maximum hyperspherical separation
+# $$U = -\min_{k<l} r_{kl}$$
+# [reconstructed] Only the closest pair counts.
+
+
+# %%
 def separation(W: Tensor) -> Tensor:
-    """MHS: min_{k<l} ||w_k - w_l||; tied pairs share the gradient."""
+    """Least distance of two unit rows, (K, d) -> scalar; tied pairs share the gradient."""
     return squared_distances(W).amin().sqrt()
 
 
-def gram_logdet(W: Tensor, jitter: float = 1e-6) -> Tensor:
-    """MGD: log det (G + jitter I), G_kl = exp(-||w_k - w_l||^2): largest where the rows are most uniform.
+# %% [markdown]
+# ## MGD: maximum Gram determinant
+# $$U = -\tfrac{1}{K} \log\det(G + 10^{-6} I), \qquad G_{kl} = e^{-r_{kl}^2}$$
+# [reconstructed; kernel and jitter of the first author's code] The volume that the proxies span.
 
-    In float64: 100 points on a circle give eigenvalues down to 1e-64, and only the jitter keeps them apart
-    from 0. (jitter as in the first author's code.)
+
+# %%
+def gram_logdet(W: Tensor, jitter: float = 1e-6) -> Tensor:
+    """log det (G + jitter I) of unit rows, (K, d) -> float64 scalar: largest where they are most uniform.
+
+    In float64: 100 points on a circle have eigenvalues down to 1e-64, and only the jitter keeps them from 0.
     """
-    W = W.cpu().double() if W.device.type == "mps" else W.double()  # Apple's MPS has no float64
+    W = W.double()
     G = (-(2 - 2 * W @ W.T).clamp_min(0)).exp()  # (K, K)
     return (G + jitter * torch.eye(len(W), dtype=G.dtype, device=G.device)).logdet()
 
 
+# %% [markdown]
+# ## Distance to the proxy, and the mean class by class
+# $$\frac{1}{|C_B|} \sum_{c \in C_B} \frac{1}{|B_c|} \sum_{i \in B_c} \ell_i, \qquad
+# \ell_i = \lVert x_i - w_{y_i} \rVert$$
+# [official] $C_B$ are the classes of a batch, $B_c$ the samples of class c in it: each sample is weighted by
+# the inverse of its class's frequency. The distance pulls a sample that is far away no harder than one that
+# has almost arrived; its square, also on offer, does [ours].
+
+
+# %%
 def distance_to_proxy(x: Tensor, w: Tensor) -> Tensor:
     """||x_i - w_i||, rows (B, d) -> (B,); the gradient at x_i = w_i is 0, not nan."""
     return ((x - w).square().sum(1) + torch.finfo(x.dtype).eps ** 2).sqrt()
 
 
-def class_mean(losses: Tensor, y: Tensor, K: int) -> Tensor:
-    """(1/|C_B|) sum_{c in C_B} (1/|B_c|) sum_{i in B_c} l_i: mean class by class; losses (B,), y (B,)."""
+def mean_by_class(losses: Tensor, y: Tensor, K: int) -> Tensor:
+    """Mean over the classes present of the mean over their samples; losses (B,), y (B,) -> scalar."""
     # (K,): |B_c|, 0 for a class that the batch lacks; unlike bincount it lets no step wait for the device
     n = losses.new_zeros(K).scatter_add(0, y, torch.ones_like(losses))
     return (losses / n[y]).sum() / (n > 0).sum()
 
 
-UNIFORMITIES = ("mhe", "mhs", "mgd")
+# %% [markdown]
+# ## The hyperspherical uniformity gap
+# $$L = \alpha\, U(w_1, \dots, w_K) + \frac{\beta}{|C_B|} \sum_{c \in C_B} \frac{1}{|B_c|} \sum_{i \in B_c}
+# \lVert x_i - \mathrm{stopgrad}(w_c) \rVert^p$$
+# [official: MHE, $p = 1$] Proxies feel the first term alone and spread out as if there were no data; features
+# follow them. Cost: O(K^2) for the proxies, O(B) for the batch.
+
+
+# %%
+UNIFORMITIES = {
+    "mhe": pair_energy,
+    "mhs": lambda w: -separation(w),
+    "mgd": lambda w: -gram_logdet(w).to(w.dtype) / len(w),
+}
 
 
 def hug_loss(
-    h: Tensor, W: Tensor, y: Tensor, uniformity: str = "mhe", alpha: float = 1.0, beta: float = 1.0
+    h: Tensor, W: Tensor, y: Tensor, uniformity: str = "mhe", p: int = 1, alpha: float = 1, beta: float = 1
 ) -> Tensor:
-    """The hyperspherical uniformity gap, negated. h (B, d), W (K, d), of any length, y (B,) -> scalar.
+    """HUG, negated: features h (B, d), proxies W (K, d), of any length, y (B,) -> scalar.
 
-    uniformity `mhe` is the official loss; `mhs` and `mgd` are reconstructed after it. Raises ValueError for
-    another one.
+    uniformity: `mhe` (official), `mhs`, `mgd` (reconstructed), else KeyError. p: power of the distance.
     """
-    if uniformity not in UNIFORMITIES:
-        raise ValueError(f"uniformity {uniformity}: expected one of {UNIFORMITIES}")
-    x = F.normalize(h.to(W.dtype), dim=1)
+    x = F.normalize(h, dim=1)
     w = F.normalize(W, dim=1)
-    # U(w_1..w_K)
-    if uniformity == "mhe":
-        between = pair_energy(w)
-    elif uniformity == "mhs":
-        between = -separation(w)
-    else:
-        between = -gram_logdet(w).to(W.device, W.dtype) / len(W)
-    # ||x_i - stopgrad(w_{y_i})||, averaged class by class
-    within = class_mean(distance_to_proxy(x, w.detach()[y]), y, len(W))
-    return alpha * between + beta * within
+    distance = distance_to_proxy(x, w.detach()[y])  # (B,)
+    within = mean_by_class(distance**p, y, len(W))
+    return alpha * UNIFORMITIES[uniformity](w) + beta * within
 
 
-def hug_sum_loss(h: Tensor, W: Tensor, y: Tensor, uniformity: str, alpha: float, beta: float) -> Tensor:
-    """--reduction sum: sums over ordered pairs and over the batch, nothing detached. h, W of unit length."""
-    if uniformity not in UNIFORMITIES:
-        raise ValueError(f"uniformity {uniformity}: expected one of {UNIFORMITIES}")
-    if uniformity == "mhe":
-        between = 2 * squared_distances(W).pow(-1).sum()
-    elif uniformity == "mhs":
-        between = -separation(W)
-    else:
-        between = -gram_logdet(W).to(W.device, W.dtype)
-    r = distance_to_proxy(h, W[y])  # (B,)
-    if uniformity == "mhs":  # the farthest feature of each class
-        r = r.new_zeros(len(W)).scatter_reduce(0, y, r, "amax")
-    return alpha * between + beta * r.sum()
+# %% [markdown]
+# ## Dot-regression to fixed proxies
+# $$L = \frac{1}{2B} \sum_i (w_{y_i} \cdot x_i - 1)^2 = \frac{1}{8B} \sum_i \lVert x_i - w_{y_i} \rVert^4$$
+# [Yang et al. 2022] The fourth power of the distance: a far feature is pulled most, and the pull fades near
+# the proxy. Where a simplex exists this is their ETF + DR; it goes on where none does.
 
 
-def dot_regression_loss(h: Tensor, W: Tensor, y: Tensor) -> Tensor:
-    """Pull each feature to its own fixed proxy (Yang et al. 2022). Unit h (B, d), W (K, d) -> scalar >= 0."""
-    # L = 1/2 mean (w_y . h - 1)^2 = 1/8 mean ||h - w_y||^4: its pull fades near w_y, unlike that of HUG
-    return 0.5 * ((h * W[y]).sum(1) - 1).square().mean()
+# %%
+def dot_regression_to_proxies(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    """Pull each feature to its own proxy; unit x (B, d), unit w (K, d), y (B,) -> scalar >= 0."""
+    return 0.5 * ((x * w[y]).sum(1) - 1).square().mean()
 
 
 # %% Imports of the other cells
@@ -175,183 +173,106 @@ from typing import NamedTuple
 
 import numpy as np
 from torch import nn
-from tqdm import tqdm
 
-from common import (
-    COLOURS,
-    Arguments,
-    Batches,
-    Claims,
-    Dataset,
-    Run,
-    UserError,
-    accuracy_per_class,
-    at_least,
-    collapse_metrics,
-    command_line,
-    curves,
-    finished_runs,
-    keep_per_class,
-    mean_pairwise_cosine,
-    mean_std,
-    metric_device,
-    minimise,
-    open_run,
-    positive,
-    prepare_data,
-    save_figure,
-    shot_groups,
-    smallest_angle,
-    split_name,
-    styles,
-    table,
-)
+import common
 
 # %% [markdown]
 # # 2. Theory check
-# Point sets on the sphere, and the layer-peeled model: features and class vectors are free.
+# Where points on a sphere are most uniform, and the layer-peeled model: features and class vectors are free.
+#
+# | | | distances $r$ | mean of $r^{-2}$ |
+# |:--|:--|:--|:--|
+# | K <= d + 1 | simplex | all $\sqrt{2K/(K-1)}$ | $(K-1)/2K$ |
+# | d = 2 | regular polygon | $2 \sin(\pi j/K)$, j = 1..K-1 | $(K+1)/12$ |
+# | K = 2d | cross-polytope | 2 once, else $\sqrt 2$ | $(4d-3)/(4(2d-1))$ |
+#
+# Each is best for every energy here [convex and decreasing in $r^2$; cross-polytope: Cohn & Kumar 2007]. For
+# other K and d none is known: we optimise.
+
 
 # %%
-
-
-def optimise_proxies(K: int, d: int, generator: torch.Generator) -> Tensor:
+@functools.cache
+def optimise_proxies(K: int, d: int, seed: int = 0) -> Tensor:
     """K proxies of least MHE energy, from a random start: (K, d) float64, unit rows.
 
     Every start ends in the simplex (K <= d + 1) or the polygon (d = 2); elsewhere in one of many arrangements
-    whose energies hardly differ.
+    whose energies hardly differ. A thousand proxies take half a minute, their energy right to 3e-4.
     """
-    steps = 500 if K <= 300 else 20  # a thousand proxies in half a minute, their energy right to 3e-4
+    generator = torch.Generator().manual_seed(seed)
     start = torch.randn(K, d, generator=generator, dtype=torch.float64)
-    # None: shown where there is a terminal
-    with tqdm(desc=f"{K} proxies in {d} dimensions", leave=False, disable=None if K > 200 else True) as bar:
-
-        def energy(W: Tensor) -> Tensor:
-            bar.update()
-            return (K - 1) * pair_energy(F.normalize(W))
-
-        (W,) = minimise(energy, start, steps=steps)
+    steps = 500 if K <= 300 else 20
+    (W,) = common.minimise(lambda W: (K - 1) * pair_energy(F.normalize(W)), start, steps=steps)
     return F.normalize(W)
 
 
-def known_distances(K: int, d: int) -> np.ndarray | None:
-    """From one point of the most uniform arrangement to the K - 1 others, where one is known; else None.
-
-    The three are optimal for every energy f(r^2) here, convex and decreasing (simplex, polygon) or completely
-    monotone (cross-polytope: Cohn & Kumar 2007).
-    """
-    if K <= d + 1:
-        return np.full(K - 1, math.sqrt(2 * K / (K - 1)))
-    if d == 2:
-        return 2 * np.sin(np.pi * np.arange(1, K) / K)
-    if K == 2 * d:
-        return np.array([2.0] + [math.sqrt(2)] * (K - 2))
-    return None
-
-
-@functools.cache
 def least_energy(K: int, d: int) -> float:
     """The least MHE energy that we know: in closed form, or what optimise_proxies finds."""
-    r = known_distances(K, d)
-    if r is None:
-        return pair_energy(optimise_proxies(K, d, torch.Generator().manual_seed(0))).item()
-    return float((r**-2.0).mean())
+    if K <= d + 1:
+        return (K - 1) / (2 * K)
+    if d == 2:
+        return (K + 1) / 12
+    if K == 2 * d:
+        return (4 * d - 3) / (4 * (2 * d - 1))
+    return pair_energy(optimise_proxies(K, d)).item()
 
 
-def uniform_energy(d: int) -> float:
-    """Mean of r^-2 over the uniform law on the sphere of R^d, d > 3: the least energy as K -> inf."""
-    return (d - 2) / (2 * (d - 3))
+# %% [markdown]
+# ## HUG in the layer-peeled model
+# $n_k$ free features per class: the optimum has every feature on its proxy and the proxies at their most
+# uniform, whatever the $n_k$. For L-BFGS the kink of $\lVert x - w \rVert$ at 0 is softened; the minimum
+# stays where it is.
 
 
-def layer_peeled_hug(n: list[int], d: int, alpha: float, beta: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Proxies W (K, d), features X (N, d), labels (N,) that minimise HUG (MHE) with n_k free features each.
-
-    The kink of ||x - w|| at 0 is softened, since L-BFGS wants a smooth loss; the minimum stays where it is.
-    """
+# %%
+def layer_peeled_hug(n: list[int], d: int, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Proxies W (K, d), features X (N, d) and labels (N,) that minimise HUG (MHE), beta = 1."""
     generator = torch.Generator().manual_seed(0)
     K = len(n)
     y = torch.arange(K).repeat_interleave(torch.tensor(n))
-    W, H = (torch.randn(rows, d, generator=generator, dtype=torch.float64) for rows in (K, len(y)))
-    W = F.normalize(W)
-    H = F.normalize(H)  # lengths of 1 condition what follows
+    W = torch.randn(K, d, generator=generator, dtype=torch.float64)
+    H = torch.randn(len(y), d, generator=generator, dtype=torch.float64)
 
-    def loss(W, H):
+    def loss(W: Tensor, H: Tensor) -> Tensor:
         w = F.normalize(W)
         r = ((F.normalize(H) - w[y]).square().sum(1) + 0.3**2).sqrt()
-        return alpha * pair_energy(w) + beta * class_mean(r, y, K)
+        return alpha * pair_energy(w) + mean_by_class(r, y, K)
 
-    W, H = minimise(loss, W, H, steps=300)
+    W, H = common.minimise(loss, F.normalize(W), F.normalize(H), steps=300)
     return F.normalize(W), F.normalize(H), y
 
 
-def layer_peeled_ce(n: list[int], d: int, E_W: float, E_H: float) -> Tensor:
-    """Class vectors (K, d) of cross-entropy without bias, (1/K) sum ||w_k||^2 = E_W and mean ||h_k||^2 = E_H.
-
-    One feature h_k per class suffices: the loss is convex in h, so equal labels get equal features.
-    """
-    K = len(n)
-    generator = torch.Generator().manual_seed(0)
-    share = torch.tensor(n, dtype=torch.float64) / sum(n)
-    V, G = (torch.randn(K, d, generator=generator, dtype=torch.float64) for _ in range(2))
-
-    def budget(V, E):
-        return V * (K * E) ** 0.5 / V.norm()
-
-    def loss(V, G):  # sum_k n_k/N CE(W h_k, k)
-        z = budget(G, E_H) @ budget(V, E_W).T  # (K, K)
-        return (share * F.cross_entropy(z, torch.arange(K), reduction="none")).sum()
-
-    V, _ = minimise(loss, V, G, steps=1000)
-    return budget(V, E_W)
-
-
+# %%
 def check_theory(folder: Path) -> dict:
     """Print the chapter's claims, each against direct optimisation; draw synthetic.png."""
-    claims = Claims()
-    generator = torch.Generator().manual_seed(0)
-
-    # Where K points are most uniform, they are these
-    for K, d, shape in ((10, 9, "a simplex"), (10, 5, "a cross-polytope"), (10, 2, "a polygon")):
-        found = pair_energy(optimise_proxies(K, d, generator)).item()
-        claim = f"MHE, {K} proxies in {d} dimensions are {shape}: energy"
-        claims.equal(claim, least_energy(K, d), found, 1e-6)
-    # Many points: the gap to the uniform law falls like K^(2/(d-1) - 1)
-    small, large = (pair_energy(optimise_proxies(K, 4, generator)).item() for K in (64, 256))
-    rate = 4 ** (2 / 3 - 1)
-    limit = (large - rate * small) / (1 - rate)
-    claims.equal("Many proxies in 4 dimensions: energy of the uniform law", uniform_energy(4), limit, 0.025)
-
-    # HUG in the layer-peeled model, 100 images to 1: the class counts do not matter
+    claims = common.Claims()
+    shapes = {2: "polygon", 5: "cross-polytope", 9: "simplex"}  # of ten proxies, by dimension
+    for d, shape in shapes.items():
+        energy = pair_energy(optimise_proxies(10, d)).item()
+        claim = f"MHE, 10 proxies in {d} dimensions are a {shape}: energy"
+        claims.equal(claim, least_energy(10, d), energy, 1e-6)
+    # 100 images to 1: the class counts do not matter, and neither do the weights of the two terms
     for alpha in (1.0, 10.0):
-        W, X, y = layer_peeled_hug([100] * 5 + [1] * 5, 5, alpha, 1.0)
+        W, X, y = layer_peeled_hug([100] * 5 + [1] * 5, 5, alpha)
         claim = f"HUG, 100 images to 1, alpha / beta = {alpha:g}: energy is the least"
         claims.equal(claim, least_energy(10, 5), pair_energy(W).item(), 1e-6)
         farthest = (X - W[y]).norm(dim=1).max().item()
         claims.equal("   and every feature is on its proxy: largest distance", 0, farthest, 1e-5)
 
-    # Cross-entropy couples the two aims: its minority collapses
-    few = torch.arange(5, 10)
-    ratios = [1, 2, 3, 4, 5, 6, 8, 10, 20, 50, 100]
-    cosines = [mean_pairwise_cosine(layer_peeled_ce([r] * 5 + [1] * 5, 9, 1, 5), few) for r in ratios]
-    claims.equal("Cross-entropy, 100 to 1: all rare classes share one vector, cosine", 1, cosines[-1], 1e-6)
-
-    sparse = [1, 3, 10, 100]  # HUG's line is flat
-    proxies = [layer_peeled_hug([r] * 5 + [1] * 5, 9, 1.0, 1.0)[0] for r in sparse]
-    points = {
-        "cross-entropy": (ratios, cosines),
-        "HUG (MHE)": (sparse, [mean_pairwise_cosine(W, few) for W in proxies]),
-    }
-    axes = {"xlabel": "images of a frequent class / of a rare class", "xscale": "log"}
-    axes["ylabel"] = "mean cosine of the rare classes' vectors"
-    curves(folder / "synthetic.png", points, styles(points), **axes)
+    dimensions = list(range(2, 13))
+    angles = [common.smallest_angle(optimise_proxies(10, d)) for d in dimensions]
+    labels = [f"{d}\n{shapes.get(d, '')}" for d in dimensions]
+    axes = {"xlabel": "dimensions d", "xticks": dimensions, "xticklabels": labels}
+    axes |= {"title": "Ten proxies, spread as evenly as they can be", "ylabel": "smallest angle (degrees)"}
+    points = {"hug-mhe": (dimensions, angles)}
+    common.curves(folder / "synthetic.png", points, common.styles(points), **axes)
     return claims.report(folder / "synthetic.png")
 
 
 # %% [markdown]
 # # 3. Network
 
+
 # %%
-
-
 # [copied: resnet18]
 def resnet18(channels: int) -> nn.Module:
     """torchvision's ResNet-18 with the CIFAR stem: (B, channels, H, W) -> (B, 512); 11.2 M parameters.
@@ -372,16 +293,16 @@ def resnet18(channels: int) -> nn.Module:
 
 # [copied: smallcnn]
 class SmallCNN(nn.Module):
-    """Three 3x3 convolutions with BatchNorm, ReLU and max-pool: (B, C, H, W) -> h (B, 128 * width), h >= 0.
+    """Three 3x3 convolutions with BatchNorm, ReLU and max-pool: (B, C, H, W) -> h (B, 128), h >= 0.
 
-    Ours, for a laptop: 0.09 M parameters at width 1, seven times the images per second of ResNet-32.
+    Ours, for a laptop: 0.09 M parameters, seven times the images per second of ResNet-32.
     """
 
-    def __init__(self, channels: int = 3, width: int = 1):
+    def __init__(self, channels: int = 3):
         super().__init__()
-        self.d = 128 * width
+        self.d = 128
         layers = []
-        for c in (32 * width, 64 * width, 128 * width):
+        for c in (32, 64, 128):
             conv = nn.Conv2d(channels, c, 3, padding=1, bias=False)
             layers += [conv, nn.BatchNorm2d(c), nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True)]
             channels = c
@@ -396,153 +317,140 @@ class SmallCNN(nn.Module):
 
 NETWORKS = {"resnet18": resnet18, "cnn": SmallCNN}
 
+# %% [markdown]
+# ## The head
+# A linear layer and BatchNorm, the same for every method: what leaves a ReLU fills one orthant only, and
+# points all over a sphere need them all. The logits are $z = h W^T$. Cross-entropy leaves $h$ and $W$ free
+# (linear) or has 16 cosines (cosine; 16 is ours). With both at unit length (proxy) the largest logit is the
+# nearest proxy, since $-\lVert x - w \rVert^2 = 2\cos - 2$.
 
-class Head(nn.Module):
-    """From the network's output to features h (B, d), class vectors W (K, d) and logits z (B, K), in float32.
 
-    A linear layer to d dimensions and BatchNorm, the same for every method: what leaves a ReLU fills one
-    orthant only, and points all over a sphere need them all. Then, by kind:
-        linear   z = h W^T                                        cross-entropy
-        cosine   h and W at unit length, z = 16 cos               normalised softmax, scale ours
-        proxy    the same with scale 1: -||x - w||^2 = 2 cos - 2, so the largest cosine is the nearest proxy
-    """
+# %%
+class ProxyHead(nn.Module):
+    """From the network's output (B, d_in) to features h (B, d) and class vectors (K, d), in float32."""
 
     def __init__(self, d_in: int, d: int, K: int, kind: str):
         super().__init__()
         self.kind = kind
-        self.scale = 16.0 if kind == "cosine" else 1.0
+        self.length = 16.0 if kind == "cosine" else 1.0
         self.fc = nn.Linear(d_in, d, bias=False)
         self.bn = nn.BatchNorm1d(d)
         self.W = nn.Parameter(torch.empty(K, d).uniform_(-1, 1) / math.sqrt(d))  # nn.Linear's, HUG's start
 
-    def forward(self, f: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, f: Tensor) -> tuple[Tensor, Tensor]:
         h = self.bn(self.fc(f.float()))
-        W = self.W
-        if self.kind != "linear":
-            h = F.normalize(h, dim=1)
-            W = F.normalize(W, dim=1)
-        return h, W, self.scale * h @ W.T
+        if self.kind == "linear":
+            return h, self.W
+        return F.normalize(h, dim=1), self.length * F.normalize(self.W, dim=1)
 
 
 # %% [markdown]
 # # 4. Training
 
+
 # %%
-
-
 class Method(NamedTuple):
-    head: str  # linear, cosine or proxy: Head
+    head: str  # linear, cosine or proxy: ProxyHead
     loss: str  # a key of LOSSES
+    fixed: bool  # the most uniform class vectors from the start, which stay
     about: str
 
 
 METHODS = {
-    "ce": Method("linear", "ce", "cross-entropy"),
-    "ce+norm": Method("cosine", "ce", "cross-entropy of scaled cosines"),
-    "hug-mhe": Method("proxy", "mhe", "HUG by least hyperspherical energy (official)"),
-    "hug-mhs": Method("proxy", "mhs", "HUG by largest separation (reconstructed)"),
-    "hug-mgd": Method("proxy", "mgd", "HUG by largest Gram determinant (reconstructed)"),
-    "hug-fixed": Method("proxy", "dr", "proxies optimised beforehand, dot-regression (ours)"),
+    "ce": Method("linear", "ce", False, "cross-entropy"),
+    "ce+norm": Method("cosine", "ce", False, "cross-entropy of 16 cosines"),
+    "fixed+ce": Method("cosine", "ce", True, "cross-entropy of 16 cosines to fixed proxies"),
+    "hug-fixed": Method("proxy", "dot-regression", True, "dot-regression to fixed proxies"),
+    "fixed+squared": Method("proxy", "mhe-squared", True, "squared distance to fixed proxies"),
+    "fixed+distance": Method("proxy", "mhe", True, "distance to fixed proxies"),
+    "hug-mhe-squared": Method("proxy", "mhe-squared", False, "HUG by energy, squared distance"),
+    "hug-mhe": Method("proxy", "mhe", False, "HUG by energy (official)"),
+    "hug-mhs": Method("proxy", "mhs", False, "HUG by separation (reconstructed)"),
+    "hug-mgd": Method("proxy", "mgd", False, "HUG by Gram determinant (reconstructed)"),
 }
-
-
-def weighted_ce(z: Tensor, y: Tensor, args: argparse.Namespace) -> Tensor:
-    """Cross-entropy; --reweight on: its mean class by class, the weights that HUG's second term has."""
-    if args.reweight == "off":
-        return F.cross_entropy(z, y)
-    return class_mean(F.cross_entropy(z, y, reduction="none"), y, z.shape[1])
-
-
-def gap(h: Tensor, W: Tensor, y: Tensor, uniformity: str, args: argparse.Namespace) -> Tensor:
-    """The HUG loss. alpha and beta are 1 and 1 (official), with sums the paper's."""
-    if args.reduction == "official":
-        return hug_loss(h, W, y, uniformity, args.inter or 1.0, args.intra or 1.0)
-    beta = 0.03 if uniformity == "mgd" else 0.015
-    return hug_sum_loss(h, W, y, uniformity, args.inter or 0.15, args.intra or beta)
-
-
-# features h (B, d) and class vectors W (K, d) as the head gives them, logits z (B, K), labels y (B,)
+# of features h (B, d) and class vectors W (K, d) as the head gives them, and labels y (B,)
 LOSSES = {
-    "ce": lambda h, W, z, y, args: weighted_ce(z, y, args),
-    "mhe": lambda h, W, z, y, args: gap(h, W, y, "mhe", args),
-    "mhs": lambda h, W, z, y, args: gap(h, W, y, "mhs", args),
-    "mgd": lambda h, W, z, y, args: gap(h, W, y, "mgd", args),
-    "dr": lambda h, W, z, y, args: dot_regression_loss(h, W, y),
+    "ce": lambda h, W, y: F.cross_entropy(h @ W.T, y),
+    "ce by class": lambda h, W, y: mean_by_class(F.cross_entropy(h @ W.T, y, reduction="none"), y, len(W)),
+    "mhe": lambda h, W, y: hug_loss(h, W, y, "mhe"),
+    "mhe-squared": lambda h, W, y: hug_loss(h, W, y, "mhe", p=2),
+    "mhs": lambda h, W, y: hug_loss(h, W, y, "mhs"),
+    "mgd": lambda h, W, y: hug_loss(h, W, y, "mgd"),
+    "dot-regression": dot_regression_to_proxies,
 }
 # The source's schedules are not known: epochs, batch size, network, feature dimension (0: the network's).
 RECIPES = {
     "": {"epochs": 200, "batch_size": 128, "net": "resnet18", "dim": 0, "lr": 0.1, "weight_decay": 5e-4},
     # d = 16: official proxies jam on a circle, the second thing to look at. 40 epochs: a minute
     "digits": {"epochs": 40, "batch_size": 64, "net": "cnn", "dim": 16},
-    "mnist": {"epochs": 20, "net": "cnn"},
-    "fashionmnist": {"epochs": 30, "net": "cnn"},
 }
 
 
-def build_model(args: argparse.Namespace, method: Method, data: Dataset) -> nn.ModuleDict:
-    """Network and head."""
+def build_model(args: argparse.Namespace, name: str, data: common.Dataset, seed: int = 0) -> nn.ModuleDict:
+    """Network and head of a method; seed: of fixed proxies."""
+    method = METHODS[name]
     network = NETWORKS[args.net](data.train_x.shape[3])
-    head = Head(network.d, args.dim or network.d, len(data.classes), method.head)
+    head = ProxyHead(network.d, args.dim or network.d, len(data.classes), method.head)
+    if method.fixed:
+        head.W.data.copy_(optimise_proxies(*head.W.shape, seed))
+        head.W.requires_grad_(False)
     return nn.ModuleDict({"network": network, "head": head})
 
 
 def learning_rate(epoch: int, args: argparse.Namespace) -> float:
-    """--lr after one epoch of warm-up in forty, then half a cosine down to 0."""
+    """--lr after a warm-up of one epoch in forty; then half a cosine to 0, or steps as in bmls_msclf.py."""
     warmup = max(1, round(args.epochs / 40))
+    if args.schedule == "steps":
+        done = (epoch + 1) / args.epochs
+        drop = (1.0, 0.1, 0.01)[(done > 0.8) + (done > 0.9)]
+        return args.lr * min(1, (epoch + 1) / warmup) * drop
     if epoch < warmup:
         return args.lr * (epoch + 1) / warmup
     return args.lr * (1 + math.cos(math.pi * (epoch - warmup) / (args.epochs - warmup))) / 2
 
 
-def start_proxies(head: Head, method: Method, args: argparse.Namespace, seed: int) -> None:
-    """hug-fixed: optimised proxies that stay. --reduction sum: random unit proxies."""
-    if method.loss == "dr":
-        generator = torch.Generator().manual_seed(seed)
-        head.W.data.copy_(optimise_proxies(*head.W.shape, generator))
-        head.W.requires_grad_(False)
-    elif method.head == "proxy" and args.reduction == "sum":
-        head.W.data.copy_(F.normalize(torch.randn(head.W.shape), dim=1))
+# %% [markdown]
+# ## The training loop
+# --cut shortens the gradient of each proxy to length 1 at most [ours]. The pair term only turns a proxy, and
+# goes with $r^{-3} / \lVert w_k \rVert$: two that start close grow so long that their direction hardly
+# changes any more. On a circle such a pair is stuck; in 16 dimensions random starts are far enough apart.
 
 
-def train(args: argparse.Namespace, name: str, seed: int, data: Dataset, run: Run) -> dict:
+# %%
+def train(args: argparse.Namespace, run: common.Run, data: common.Dataset) -> dict:
     """Train one method with one seed, from its last checkpoint on. Returns what was measured at the end."""
-    method = METHODS[name]
-    N = len(data.train_y)
-    torch.manual_seed(seed)  # initial weights
-    generator = torch.Generator().manual_seed(seed)  # order, crops and flips
-    model = build_model(args, method, data)
-    start_proxies(model["head"], method, args, seed)
+    method = METHODS[run.name]
+    torch.manual_seed(run.seed)  # initial weights
+    generator = torch.Generator().manual_seed(run.seed)  # order, crops and flips
+    model = build_model(args, run.name, data, run.seed)
     model = model.to(run.device, memory_format=torch.channels_last)
     network, head = run.prepare(model)  # speed only: --compile
-    on_sphere = method.head == "proxy" and method.loss != "dr" and args.reduction == "sum"
-    groups = [{"params": [p for p in model.parameters() if p is not head.W]}, {"params": [head.W]}]
-    if on_sphere:
-        groups[1]["weight_decay"] = 0.0
     optimizer = torch.optim.SGD(
-        groups, args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=run.fused
+        model.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=run.fused
     )
-    loss_of = LOSSES[method.loss]
-    images = Batches(data.train_x, data.mean, data.std, pad=data.pad, flip=data.flip, device=run.device)
+    by_class = method.loss == "ce" and args.reweight == "on"
+    loss_of = LOSSES["ce by class" if by_class else method.loss]
+    cut = args.cut and method.head == "proxy" and not method.fixed
+    images = common.Batches(
+        data.train_x, data.mean, data.std, pad=data.pad, flip=data.flip, device=run.device
+    )
 
     for epoch in run.epochs(args.epochs, model=model, optimizer=optimizer, generator=generator):
         lr = learning_rate(epoch, args)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        drawn = torch.randperm(N, generator=generator)
+        optimizer.param_groups[0]["lr"] = lr
+        drawn = torch.randperm(images.N, generator=generator)
         labels = data.train_y[drawn].to(run.device)
         model.train()
         for part, x in images.epoch(drawn, args.batch_size, generator):  # (B, C, H, W)
             with run.autocast():  # bf16 inside the network only
                 f = network(x)
-            h, W, z = head(f)  # (B, d), (K, d), (B, K)
-            loss = loss_of(h, W, z, labels[part], args)
+            h, W = head(f)  # (B, d), (K, d)
+            loss = loss_of(h, W, labels[part])
             optimizer.zero_grad()
             loss.backward()
-            if on_sphere:  # r^-2 has no bound: cut each proxy's gradient to length 1
-                head.W.grad.mul_((1 / head.W.grad.norm(dim=1, keepdim=True).clamp_min(1e-12)).clamp_max(1))
+            if cut:
+                head.W.grad /= head.W.grad.norm(dim=1, keepdim=True).clamp_min(1)
             optimizer.step()
-            if on_sphere:
-                head.W.data.copy_(F.normalize(head.W.data, dim=1))
             run.add_loss(loss)  # stays on the device; read once per epoch
         run.log(lr=lr, **geometry(head.W.detach()))
         if run.is_test_epoch(epoch):  # every --eval-every epochs, and after the last one
@@ -553,14 +461,13 @@ def train(args: argparse.Namespace, name: str, seed: int, data: Dataset, run: Ru
 # %% [markdown]
 # # 5. Results
 
+
 # %%
-
-
 def geometry(W: Tensor) -> dict[str, float]:
     """How uniform the rows of W (K, d) point: MHE energy over the least known, smallest angle (degrees)."""
-    W = F.normalize(W.to(metric_device(W.device)).double())
+    W = F.normalize(W.double())
     energy = pair_energy(W).item() / least_energy(*W.shape)
-    return {"energy": energy, "smallest_angle": smallest_angle(W)}
+    return {"energy": energy, "smallest_angle": common.smallest_angle(W)}
 
 
 def within_classes(h: Tensor, y: Tensor, K: int) -> float:
@@ -571,247 +478,183 @@ def within_classes(h: Tensor, y: Tensor, K: int) -> float:
 
 
 @torch.no_grad()
-def embed(model: nn.ModuleDict, images: Tensor, data: Dataset, run: Run) -> tuple[Tensor, Tensor]:
-    """Features h (N, d) and logits z (N, K) of every image, in order."""
+def embed(model: nn.ModuleDict, images: Tensor, data: common.Dataset, run: common.Run):
+    """Features h (N, d) of every image, in order, and class vectors W (K, d): the logits are h W^T."""
     model.eval()
-    hs = []
-    zs = []
-    loader = Batches(images, data.mean, data.std, device=run.device)
-    for _, x in loader.all():
+    parts = []
+    for _, x in common.Batches(images, data.mean, data.std, device=run.device).all():
         with run.autocast():
             f = model["network"](x)
-        h, _, z = model["head"](f)
-        hs.append(h)
-        zs.append(z)
-    where = metric_device(run.device)
-    return torch.cat(hs).to(where), torch.cat(zs).to(where)
+        h, W = model["head"](f)
+        parts.append(h)
+    return torch.cat(parts), W.detach()
 
 
-def test(model: nn.ModuleDict, data: Dataset, run: Run) -> dict[str, float]:
+def test(model: nn.ModuleDict, data: common.Dataset, run: common.Run) -> dict[str, float]:
     """Test accuracy, and how far test features are from their class's mean direction."""
-    h, z = embed(model, data.test_x, data, run)
-    y = data.test_y.to(z.device)
-    return {
-        "accuracy": float((z.argmax(1) == y).double().mean()),
-        "test_within": within_classes(h, y, len(data.classes)),
-    }
+    h, W = embed(model, data.test_x, data, run)
+    y = data.test_y.to(h.device)
+    accuracy = common.accuracies(common.logits(h, W), y, {})["accuracy"]
+    return {"accuracy": accuracy, "test_within": within_classes(h, y, len(W))}
 
 
-RADIUS = 8.0  # of the attacks, linf in 255ths of the pixel range: the usual one
+RADIUS = 8  # of the attack, linf in 255ths of the pixel range: the usual one
 PGD_STEPS = 10
 ATTACKED = 500  # test images, the same ones for every method
 
 
-def attack(model, x: Tensor, y: Tensor, radius, steps: int, low, high, generator) -> Tensor:
-    """FGSM (steps = 1) or PGD in the linf ball of `radius` around x (B, C, H, W), both per channel (C, 1, 1).
+def robust_accuracy(model: nn.ModuleDict, data: common.Dataset, run: common.Run) -> float:
+    """Share of ATTACKED test images that stay right under PGD (Madry et al. 2018) within RADIUS, in float32.
 
-    FGSM (Goodfellow et al. 2015): x + radius sign g. PGD (Madry et al. 2018): a random start, then steps of
-    2.5 radius / steps, each cut back to the ball and to pixels in [low, high]. g is the gradient of the
-    margin max_{j != y} z_j - z_y and not of a loss: its sign does not depend on the logits' scale. Under its
-    own loss a confident cross-entropy, whose softmax saturates in float32, would look robust.
+    It climbs the margin max_{j != y} z_j - z_y and not a loss: the sign of its gradient does not depend on
+    the logits' scale. Under its own loss a confident cross-entropy, whose softmax saturates, looks robust.
     """
-    start = torch.zeros_like(x)
-    if steps > 1:
-        start = radius * (2 * torch.rand(x.shape, generator=generator).to(x.device) - 1)
-    adversary = (x + start).clamp(low, high)
-    size = radius if steps == 1 else 2.5 * radius / steps
-    for _ in range(steps):
-        adversary = adversary.detach().requires_grad_()
-        z = model["head"](model["network"](adversary))[2]
-        own = z.gather(1, y[:, None]).squeeze(1)
-        margin = z.scatter(1, y[:, None], float("-inf")).amax(1) - own  # (B,)
-        (g,) = torch.autograd.grad(margin.sum(), adversary)
-        adversary = adversary.detach() + size * g.sign()
-        adversary = adversary.clamp(x - radius, x + radius).clamp(low, high)
-    return adversary.detach()
-
-
-def robustness(model: nn.ModuleDict, data: Dataset, run: Run) -> dict:
-    """Test accuracy under FGSM and PGD at RADIUS; pgd_curve: at no attack, a quarter, half and all of it."""
-    loader = Batches(data.test_x, data.mean, data.std, device=run.device)
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randperm(len(data.test_y), generator=generator)[: 10 if run.args.dry_run else ATTACKED]
+    x = common.Batches(data.test_x, data.mean, data.std, device=run.device).load(chosen)
+    y = data.test_y[chosen, None].to(run.device)
     mean = data.mean.to(run.device)[:, None, None]
     std = data.std.to(run.device)[:, None, None]
-    low = (0 - mean) / std
-    high = (1 - mean) / std
-    generator = torch.Generator().manual_seed(0)
-    attacked = 10 if run.args.dry_run else ATTACKED
-    chosen = torch.randperm(loader.N, generator=generator)[:attacked]
-    x = loader.load(chosen)
-    y = data.test_y[chosen].to(run.device)
+    radius = RADIUS / 255 / std
+    start = 2 * torch.rand(x.shape, generator=generator).to(run.device) - 1
+    moved = (x + radius * start).clamp(-mean / std, (1 - mean) / std)
     model.eval()
+    for _ in range(PGD_STEPS + 1):  # the last round measures only
+        moved = moved.detach().requires_grad_()
+        h, W = model["head"](model["network"](moved))
+        z = h @ W.T
+        margin = z.scatter(1, y, float("-inf")).amax(1) - z.gather(1, y).squeeze(1)  # (B,)
+        (g,) = torch.autograd.grad(margin.sum(), moved)
+        step = (moved + 2.5 * radius / PGD_STEPS * g.sign()).clamp(x - radius, x + radius)
+        moved = step.clamp(-mean / std, (1 - mean) / std)
+    return float((margin < 0).double().mean())
 
-    def accuracy(radius: float, steps: int) -> float:
-        found = attack(model, x, y, radius / 255 / std, steps, low, high, generator) if radius else x
-        with torch.no_grad():
-            z = model["head"](model["network"](found))[2]  # in float32
-        return float((z.argmax(1) == y).double().mean())
 
-    radii = [RADIUS * share for share in (0, 0.25, 0.5, 1)]
-    curve = [accuracy(radius, PGD_STEPS) for radius in radii]
-    return {"fgsm": accuracy(RADIUS, 1), "pgd": curve[-1], "pgd_radii": radii, "pgd_curve": curve}
-
-
-def measure(model: nn.ModuleDict, data: Dataset, run: Run) -> dict:
+def measure(model: nn.ModuleDict, data: common.Dataset, run: common.Run) -> dict:
     """Everything that is measured after training; writes features.npz, where the logits are h W^T."""
-    head = model["head"]
-    K = len(data.classes)
-    train_h, train_z = embed(model, data.train_x, data, run)
-    test_h, test_z = embed(model, data.test_x, data, run)
-    train_y = data.train_y.to(train_z.device)
-    test_y = data.test_y.to(train_z.device)
-    W = head.W.detach().to(train_z.device)
-    W = W if head.kind == "linear" else head.scale * F.normalize(W, dim=1)
+    train_h, W = embed(model, data.train_x, data, run)
+    test_h, _ = embed(model, data.test_x, data, run)
+    train_y = data.train_y.to(W.device)
+    test_y = data.test_y.to(W.device)
     run.save_features(train_h=train_h, train_y=train_y, test_h=test_h, test_y=test_y, W=W)
-    groups, rule = shot_groups(data.counts.to(train_z.device))
-    per_class = accuracy_per_class(test_z.argmax(1), test_y, K)
-    tail = {group: float(per_class[members].nanmean()) for group, members in groups.items()}
+    predicted = common.logits(train_h, W).argmax(1)
+    fitted = common.accuracy_per_class(predicted, train_y, len(W))
+    groups = data.groups if data.profile else {}  # many, medium, few of a long tail
     return {
-        "accuracy": float((test_z.argmax(1) == test_y).double().mean()),
-        **(tail | {"rule": rule} if split_name(run.args.dataset)[1] else {}),
-        "train_accuracy": float((train_z.argmax(1) == train_y).double().mean()),
+        **common.accuracies(common.logits(test_h, W), test_y, groups),
+        "train_accuracy": float((predicted == train_y).double().mean()),
+        "lost_classes": int((fitted < 0.1).sum()),
         **geometry(W),
-        "within": within_classes(train_h, train_y, K),
-        **collapse_metrics(train_h, train_y, W, train_z.argmax(1), groups["few"]),
-        **robustness(model, data, run),
-        "per_class": per_class.tolist(),
-        "counts": data.counts.tolist(),
+        "within": within_classes(train_h, train_y, len(W)),
+        **common.collapse_metrics(train_h, train_y, W, predicted, data.groups["few"]),
+        "pgd": robust_accuracy(model, data, run),
     }
 
 
-def draw_figures(folder: Path, runs: list[Run]) -> None:
-    """Figures of finished runs, methods side by side; means over seeds, one circle per method."""
+COLUMNS = {  # entry of result.json: its title, unit and meaning in the table
+    "accuracy": ("accuracy", "%", "of the test images, after the last epoch"),
+    "few": ("few", "%", "of the test images of the rare classes"),
+    "best_accuracy": ("best", "%", "highest of the tested epochs, chosen on the test set"),
+    "train_accuracy": ("train", "%", "of the training images, unaugmented"),
+    "lost_classes": ("lost", "", "classes of which under 10% of the training images are right"),
+    "pgd": ("PGD", "%", f"right under attack, linf {RADIUS}/255 in {PGD_STEPS} steps"),
+    "smallest_angle": ("angle", "°", "smallest between two class vectors"),
+    "energy": ("energy", "", "of the class vectors over the least known, 1 at best"),
+    "within": ("within", "", "mean distance of a unit training feature to its class's mean direction"),
+}
+
+
+def draw_figures(folder: Path, runs: list[common.Run]) -> None:
+    """gap.png: both terms of the gap, means over seeds; with d = 2 circle.png, each method's first seed."""
+    paths = {}
+    features = {}
+    for name in dict.fromkeys(run.name for run in runs):
+        group = [run for run in runs if run.name == name]
+        tested = [[line for line in run.history if "test_within" in line] for run in group]
+        within = np.mean([[line["test_within"] for line in lines] for lines in tested], axis=0)
+        energy = np.mean([[line["energy"] for line in lines] for lines in tested], axis=0)
+        paths[name] = within, 100 * (energy - 1).clip(0)
+        features[METHODS[name].about] = group[0].load_features()
+    axes = {"title": "From epoch to epoch; collapse is the lower left corner"}
+    jammed = max(energy.max() for _, energy in paths.values()) > 100
+    axes["yscale"] = "symlog" if jammed else "linear"
+    axes["xlabel"] = "within classes: mean distance of test features to their direction"
+    axes["ylabel"] = "between: energy of class vectors, % above the least"
+    axes |= {"xlim": (0, None), "ylim": (-0.2, None)}
+    common.curves(folder / "gap.png", paths, common.styles(METHODS), **axes)
+    if all(arrays["W"].shape[1] == 2 for arrays in features.values()):
+        draw_circles(folder / "circle.png", features)
+
+
+def draw_circles(path: Path, features: dict[str, dict]) -> None:
+    """Directions of test features (dots) and class vectors (lines) by class; a ring around a jammed pair."""
     from matplotlib.figure import Figure
 
-    by_method = {name: [run for run in runs if run.name == name] for name in METHODS}
-    by_method = {name: found for name, found in by_method.items() if found}
-    style = styles(METHODS)
-
-    # Both terms of the gap, epoch by epoch
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    between, within = figure.subplots(1, 2)
-    for name, found in by_method.items():
-        for plot, key in ((between, "energy"), (within, "test_within")):
-            epochs = [line["epoch"] for line in found[0].history if key in line]
-            values = np.mean([[line[key] for line in run.history if key in line] for run in found], axis=0)
-            plot.plot(epochs, values, markevery=max(1, len(epochs) // 10), label=name, **style[name])
-    scale = "log" if between.dataLim.ymax > 10 else "linear"  # where proxies have jammed
-    between.set(xlabel="epoch", yscale=scale, ylabel="between: energy of class vectors / least known")
-    within.set(xlabel="epoch", ylim=(0, None), ylabel="within: mean distance to the class's direction")
-    figure.legend(*between.get_legend_handles_labels(), loc="outside right upper", frameon=False)
-    save_figure(folder / "gap.png", figure)
-
-    points = {}
-    for name, found in by_method.items():
-        accuracy = 100 * np.mean([run.finished["pgd_curve"] for run in found], axis=0)
-        points[name] = found[0].finished["pgd_radii"], accuracy
-    axes = {"xlabel": "linf radius of the attack (255ths of the pixel range)"}
-    curves(folder / "robustness.png", points, style, ylabel="test accuracy under PGD (%)", **axes)
-
-    arrays = {name: found[0].load_features() for name, found in by_method.items()}
-    if all(found["W"].shape[1] == 2 for found in arrays.values()):
-        draw_circles(folder / "circle.png", arrays)
-
-
-def draw_circles(path: Path, arrays: dict[str, dict]) -> None:
-    """Directions of test features (dots) and class vectors (lines) on the circle, one colour per class."""
-    from matplotlib.figure import Figure
-
-    rows = -(-len(arrays) // 3)
-    columns = min(3, len(arrays))
-    figure = Figure(figsize=(3.4 * columns + 1, 3.5 * rows), layout="constrained")
-    colours = [*COLOURS, "#882255", "#999933"]  # ten classes have ten colours
-    for i, (title, found) in enumerate(arrays.items()):
-        plot = figure.add_subplot(rows, columns, i + 1)
-        x = found["test_h"] / np.linalg.norm(found["test_h"], axis=1, keepdims=True)
-        W = found["W"] / np.linalg.norm(found["W"], axis=1, keepdims=True)
-        # points hide each other: spread them outwards by chance, which means nothing
-        x *= 1 + 0.15 * np.random.default_rng(1).random((len(x), 1))
+    figure = Figure(figsize=(3.6 * len(features) + 1, 3.7), layout="constrained")
+    plots = figure.subplots(1, len(features), squeeze=False)[0]
+    colours = [*common.COLOURS, "#882255", "#999933"]  # ten classes have ten colours
+    for plot, (title, arrays) in zip(plots, features.items(), strict=True):
+        x = arrays["test_h"] / np.linalg.norm(arrays["test_h"], axis=1, keepdims=True)
+        W = arrays["W"] / np.linalg.norm(arrays["W"], axis=1, keepdims=True)
+        x *= 1 + 0.15 * np.random.default_rng(1).random((len(x), 1))  # random jitter, for visibility only
         for k, w in enumerate(W):
             colour = colours[k % len(colours)]
-            plot.scatter(*x[found["test_y"] == k].T, s=4, color=colour, label=f"class {k}", rasterized=True)
+            plot.scatter(*x[arrays["test_y"] == k].T, s=4, color=colour, label=f"class {k}", rasterized=True)
             plot.plot([0, 0.95 * w[0]], [0, 0.95 * w[1]], color=colour, lw=2)
-        plot.set(title=title, xlim=(-1.3, 1.3), ylim=(-1.3, 1.3), aspect="equal")
+        cosines = W @ W.T - 2 * np.eye(len(W))
+        angle = np.degrees(np.arccos(cosines.max().clip(-1, 1)))
+        if angle < 90 / len(W):  # a quarter of the polygon's
+            pair = np.unravel_index(cosines.argmax(), cosines.shape)
+            plot.plot(*(0.8 * W[pair[0]]), "ko", fillstyle="none", ms=20, mew=2)
+            title += f"\nclasses {pair[0]} and {pair[1]} only {angle:.1f}° apart"
+        plot.set_title(title, fontsize=10)
+        plot.set(xlim=(-1.3, 1.3), ylim=(-1.3, 1.3), aspect="equal")
         plot.set_axis_off()
-    handles, labels = plot.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", frameon=False, markerscale=3)
-    save_figure(path, figure)
-
-
-def print_results(runs: list[Run], folder: Path) -> None:
-    """A table with one row per method, mean ± std over seeds, and what its columns and figures mean."""
-    rows = []
-    for name in METHODS:
-        found = [run.finished for run in runs if run.name == name]
-        if not found:
-            continue
-        percent = ["accuracy", "train_accuracy", "best_accuracy", "fgsm", "pgd"]
-        cells = [mean_std([result[key] for result in found], 1, 100) for key in percent]
-        cells.append(mean_std([result["smallest_angle"] for result in found], 1))
-        cells += [mean_std([result[key] for result in found], 2) for key in ("energy", "within")]
-        rows.append([name, len(found), *cells])
-    header = ["method", "seeds", "accuracy", "train", "best", "FGSM", "PGD", "angle", "energy", "within"]
-    print("\n" + table(header, rows))
-    print(f"""accuracy: % of the test images after the last epoch; train: of the training images, unaugmented
-best: highest accuracy of the tested epochs, chosen on the test set
-FGSM, PGD: % right under attack, linf {RADIUS:g}/255, in one step and in {PGD_STEPS}
-angle: smallest angle between two class vectors, degrees; energy: theirs over the least known, 1 at best
-within: mean distance of a unit training feature to its class's mean direction, 0 at full collapse""")
-    for name in dict.fromkeys(run.name for run in runs):
-        print(f"{name}: {METHODS[name].about}")
-    print(f"""figures in {folder}:
-  gap.png         both terms of the gap over epochs: 1 and 0 at generalized neural collapse
-  robustness.png  accuracy under PGD by radius""")
-    if runs[0].args.dim == 2:
-        print("  circle.png      class vectors (lines) and test features (dots) by direction")
+    figure.legend(*plot.get_legend_handles_labels(), loc="outside right upper", frameon=False, markerscale=3)
+    common.save_figure(path, figure)
 
 
 # %% [markdown]
 # # 6. Command line
 
 # %%
+ABOUT = {name: method.about for name, method in METHODS.items()}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, with every default filled in. Raises UserError."""
-    about = {name: method.about for name, method in METHODS.items()}
-    title = __doc__.partition("\n")[0]
-    flags = Arguments("hug", title, about, ["ce", "hug-mhe"], RECIPES, eval_every=5)
-    add = flags.add
+    flags = common.Flags("hug", __doc__)
+    add = flags.add_argument
     add("--net", choices=list(NETWORKS), help="network")
-    add("--dim", type=at_least(0), help="feature dimension d; 0: the network's")
-    add("--reduction", choices=["official", "sum"], default="official", help="of HUG's two terms")
-    add("--inter", type=positive, help="alpha, weight between classes (default: 1; sum .15)")
-    add("--intra", type=positive, help="beta, weight within classes (default: 1; sum .015, mgd .03)")
+    add("--dim", type=common.at_least(0), help="feature dimension d; 0: the network's")
     add("--reweight", choices=["on", "off"], default="off", help="ce: mean class by class, as HUG has it")
-    add("--per-class", type=at_least(1), help="train on so many images of each class at most")
-    args = flags.parse(argv)
+    add("--cut", action="store_true", help="cut a proxy's gradient to length 1; no pair jams on a circle")
+    add("--schedule", choices=["cosine", "steps"], default="cosine", help="of the learning rate")
+    add("--per-class", type=common.at_least(1), help="train on so many images of each class at most")
+    args = flags.parse(argv, ABOUT, ["ce", "hug-mhe"], RECIPES, eval_every=5)
     if args.dim == 1:
-        raise UserError("--dim 1: a circle needs two dimensions, or 0 for the network's")
+        raise common.UserError("--dim 1: a circle needs two dimensions, or 0 for the network's")
+    if args.batch_size < 3:
+        raise common.UserError(f"--batch-size {args.batch_size}: expected 3 or more")
     return args
 
 
+@common.own_torch_settings()
 def main(argv: list[str] | None = None) -> dict:
     """Train every method with every seed, print the table, draw the figures. Raises UserError."""
     args = parse(argv)
     if args.synthetic:
         return check_theory(args.out / "hug" / "synthetic")
-    if args.batch_size < 3:
-        raise UserError(f"--batch-size {args.batch_size}: expected 3 or more, no batch has one image then")
-    data = prepare_data(args)
+    data = common.prepare_data(args)
     if args.per_class:
-        keep = keep_per_class(data.train_y, args.per_class)
-        data = data._replace(train_x=data.train_x[keep], train_y=data.train_y[keep])
-    runs = []
-    for name in args.method:
-        for seed in args.seed:
-            run = open_run(args, name, seed, data)
-            if not run.finished:
-                run.finish(train(args, name, seed, data, run))
-            runs.append(run)
-    print_results(runs, args.folder)
-    draw_figures(args.folder, finished_runs(args, runs))
+        data = common.keep(data, common.keep_per_class(data.train_y, args.per_class))
+    for run in common.runs(args, data):
+        run.finish(train(args, run, data))
+    runs = common.finished_runs(args, data)
+    common.print_table(runs, COLUMNS, ABOUT)
+    draw_figures(args.folder, runs)
     return {"results": [run.finished for run in runs], "folder": str(args.folder)}
 
 
 if __name__ == "__main__":
-    command_line(main)
+    common.command_line(main)
