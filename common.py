@@ -1283,7 +1283,7 @@ def table(header: list[str], rows: list[list]) -> str:
     return "\n".join("  ".join(row).rstrip() for row in cells)
 
 
-UNITS = {"%": (1, 100), "°": (1, 1), "": (2, 1)}  # unit: digits after the point, factor
+UNITS = {"%": (1, 100), "°": (1, 1), "#": (0, 1), "": (2, 1)}  # unit: digits after the point, factor
 
 
 def print_table(found: list[Run], columns: dict[str, tuple[str, str, str]], about: dict[str, str]) -> None:
@@ -1308,6 +1308,6 @@ def print_table(found: list[Run], columns: dict[str, tuple[str, str, str]], abou
         rows.append(row)
     print("\n" + table(["method", "seeds", *(title for title, _, _ in columns.values())], rows))
     for title, unit, meaning in columns.values():
-        print(f"{title}: {unit} {meaning}")
+        print(f"{title}:", *filter(None, [unit, meaning]))
     for name in by_name:
         print(f"{name}: {about.get(name, '')}")

@@ -546,7 +546,6 @@ def measure(model: nn.ModuleDict, data: common.Dataset, run: common.Run) -> dict
         "lost_classes": int((fitted < 0.1).sum()),
         **geometry(W),
         "within": within_classes(train_h, train_y, len(W)),
-        **common.collapse_metrics(train_h, train_y, W, predicted, data.groups["few"]),
         "pgd": robust_accuracy(model, data, run),
     }
 
@@ -556,7 +555,7 @@ COLUMNS = {  # entry of result.json: its title, unit and meaning in the table
     "few": ("few", "%", "of the test images of the rare classes"),
     "best_accuracy": ("best", "%", "highest of the tested epochs, chosen on the test set"),
     "train_accuracy": ("train", "%", "of the training images, unaugmented"),
-    "lost_classes": ("lost", "", "classes of which under 10% of the training images are right"),
+    "lost_classes": ("lost", "#", "classes of which under 10% of the training images are right"),
     "pgd": ("PGD", "%", f"right under attack, linf {RADIUS}/255 in {PGD_STEPS} steps"),
     "smallest_angle": ("angle", "°", "smallest between two class vectors"),
     "energy": ("energy", "", "of the class vectors over the least known, 1 at best"),
@@ -626,11 +625,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     flags = common.Flags("hug", __doc__)
     add = flags.add_argument
     add("--net", choices=list(NETWORKS), help="network")
-    add("--dim", type=common.at_least(0), help="feature dimension d; 0: the network's")
+    add("--dim", type=int, help="feature dimension d; 0: the network's")
     add("--reweight", choices=["on", "off"], default="off", help="ce: mean class by class, as HUG has it")
     add("--cut", action="store_true", help="cut a proxy's gradient to length 1; no pair jams on a circle")
     add("--schedule", choices=["cosine", "steps"], default="cosine", help="of the learning rate")
-    add("--per-class", type=common.at_least(1), help="train on so many images of each class at most")
+    add("--per-class", type=int, help="train on so many images of each class at most")
     args = flags.parse(argv, ABOUT, ["ce", "hug-mhe"], RECIPES, eval_every=5)
     if args.dim == 1:
         raise common.UserError("--dim 1: a circle needs two dimensions, or 0 for the network's")

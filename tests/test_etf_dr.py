@@ -191,9 +191,8 @@ def test_class_length_is_dot_regressions_and_reweight_cross_entropys(tmp_path, n
 def test_what_is_learnt_what_is_fixed_and_what_is_kept(name, tmp_path, no_figures):
     """The class vectors move, or stay; features.npz reproduces the network's own logits."""
     result, arrays, state = dry_run(tmp_path, name)
-    args = script.parse([])
-    data = common.load_dataset("digitslt")
-    data = common.keep(data, common.keep_per_class(data.train_y, 6))
+    args = script.parse(["--dry-run"])
+    data = common.prepare_data(args)
     torch.manual_seed(0)
     model = script.build_model(args, name, data)
     assert np.allclose(model["classifier"].W.detach(), arrays["W"], atol=1e-6) == (name == "etf+ce")
