@@ -46,11 +46,10 @@ import warnings
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
-from sklearn import cluster, decomposition, exceptions, linear_model, pipeline, preprocessing
+from sklearn import cluster, decomposition, linear_model, pipeline, preprocessing
 from torch import Tensor
 
-# k-means finds fewer points than clusters: collapse. A probe takes 500 steps, enough or not.
-warnings.simplefilter("ignore", exceptions.ConvergenceWarning)
+warnings.filterwarnings("ignore", module="sklearn")  # fewer points than clusters: collapse; 500 steps do
 
 # %% [markdown]
 # **Neural collapse**, NC0 to NC4 (Papyan et al. 2020; NC0: arXiv 2602.16642). With the class means $\mu_k$,
@@ -224,8 +223,8 @@ def check_theory(folder: Path) -> dict:
     h = torch.cat([r * torch.eye(K, 32) + a * axis, r * torch.eye(K, 32) - a * axis])
     cluster_y = torch.arange(K).repeat(2)
     claims.equal("Two sub-clusters in every class: NC1", 0, common.nc1(h, cluster_y)[0], 1e-9)
-    expected = a**2 / r**2 * K / (K - 1)
-    claims.equal("   the trace ratio: a^2 / r^2 K / (K-1)", expected, common.trace_ratio(h, cluster_y), 1e-9)
+    ratio = common.trace_ratio(h, cluster_y)
+    claims.equal("   the trace ratio: a^2 / r^2 K / (K-1)", a**2 / r**2 * K / (K - 1), ratio, 1e-9)
     claims.equal("   CDNV: a^2 / (2 r^2)", a**2 / (2 * r**2), common.cdnv(h, cluster_y), 1e-9)
 
     panels = {}
@@ -510,7 +509,8 @@ def draw_figures(args: argparse.Namespace, data: common.Dataset, runs: list[comm
         lines = [line for line in run.history if "nc1" in line]
         draw_collapse(run, lines)
         if args.coarse:
-            draw_planes(run.folder / "hidden.png", hidden_classes(run, data), "two principal components")
+            panels = hidden_classes(run, data, args.coarse)
+            draw_planes(run.folder / "hidden.png", panels, "principal components")
             continue
         panels = {}
         for line in [lines[len(lines) * i // 3] for i in range(3)] + lines[-1:]:
@@ -541,9 +541,9 @@ def draw_collapse(run: common.Run, lines: list[dict]) -> None:
     common.save_figure(run.folder / "collapse.png", figure)
 
 
-def hidden_classes(run: common.Run, fine: common.Dataset) -> dict[str, tuple]:
+def hidden_classes(run: common.Run, fine: common.Dataset, grouping: str) -> dict[str, tuple]:
     """Panels for draw_planes: the fine classes in each of the first four coarse ones, 300 samples of each."""
-    coarse, names = common.coarse_labels(fine.classes, run.config["flags"]["coarse"])
+    coarse, names = common.coarse_labels(fine.classes, grouping)
     features = run.load_features()
     panels = {}
     for c, name in enumerate(names[:4]):
