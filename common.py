@@ -186,10 +186,8 @@ def _checked(arrays: dict[str, np.ndarray], K: int, shape: tuple[int, int, int])
     for split in ("train", "test"):
         x = arrays[f"{split}_x"]
         y = arrays[f"{split}_y"]
-        right = (
-            x.dtype == np.uint8 and x.shape[1:] == shape and y.shape == x.shape[:1] and y.dtype.kind in "iu"
-        )
-        if not right or len(y) == 0 or y.min() < 0 or y.max() >= K or classes.shape != (K,):
+        right = x.dtype == np.uint8 and x.shape == (*y.shape, *shape) and classes.shape == (K,)
+        if not right or y.size == 0 or not set(y.tolist()) <= set(range(K)):
             found = f"{split}_x {x.shape} {x.dtype}, {split}_y {y.shape} {y.dtype}, classes {classes.shape}"
             raise ValueError(f"{found}; expected (N, *{shape}) uint8, N labels from 0 to {K - 1}, {K} names")
         fields[f"{split}_x"] = torch.from_numpy(np.ascontiguousarray(x))
@@ -251,14 +249,18 @@ def _read_folder(path: Path, size: int, test_share: float) -> dict:
 
 
 def _read_images(root: Path, size: int) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    """Images uint8 (N, size, size, 3), labels (N,) and classes of root/CLASS/IMAGE, hidden ones left out."""
+    """Images uint8 (N, size, size, 3), labels (N,) and classes of root/CLASS/IMAGE. Raises UserError.
+
+    Hidden files and folders are left out; every other file must be an image of 8 bits.
+    """
     from torchvision.datasets import ImageFolder
+
+    names = sorted(item.name for item in root.iterdir() if item.is_dir() and item.name[0] != ".")
+    label = {name: k for k, name in enumerate(names)}
 
     def visible(file: str) -> bool:
         return f"{os.sep}." not in file.removeprefix(str(root))
 
-    names = sorted(item.name for item in root.iterdir() if item.is_dir() and item.name[0] != ".")
-    label = {name: k for k, name in enumerate(names)}
     files, y = zip(*ImageFolder.make_dataset(root, label, is_valid_file=visible), strict=True)
     needed = len(files) * size * size * 3
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**35
@@ -343,45 +345,36 @@ def cut_for_dry_run(data: Dataset, batch_size: int) -> Dataset:
     return keep(data, train)._replace(test_x=data.test_x[test], test_y=data.test_y[test])
 
 
-SUPERCLASSES = {  # CIFAR-100's twenty, of five classes each
-    "aquatic mammals": "beaver dolphin otter seal whale",
-    "fish": "aquarium_fish flatfish ray shark trout",
-    "flowers": "orchid poppy rose sunflower tulip",
-    "food containers": "bottle bowl can cup plate",
-    "fruit and vegetables": "apple mushroom orange pear sweet_pepper",
-    "household electrical devices": "clock keyboard lamp telephone television",
-    "household furniture": "bed chair couch table wardrobe",
-    "insects": "bee beetle butterfly caterpillar cockroach",
-    "large carnivores": "bear leopard lion tiger wolf",
-    "large man-made outdoor things": "bridge castle house road skyscraper",
-    "large natural outdoor scenes": "cloud forest mountain plain sea",
-    "large omnivores and herbivores": "camel cattle chimpanzee elephant kangaroo",
-    "medium-sized mammals": "fox porcupine possum raccoon skunk",
-    "non-insect invertebrates": "crab lobster snail spider worm",
-    "people": "baby boy girl man woman",
-    "reptiles": "crocodile dinosaur lizard snake turtle",
-    "small mammals": "hamster mouse rabbit shrew squirrel",
-    "trees": "maple_tree oak_tree palm_tree pine_tree willow_tree",
-    "vehicles 1": "bicycle bus motorcycle pickup_truck train",
-    "vehicles 2": "lawn_mower rocket streetcar tank tractor",
-}
+# CIFAR-100's twenty superclasses, and the one of each of its classes in their order
+SUPERCLASSES = (
+    "aquatic mammals, fish, flowers, food containers, fruit and vegetables, household electrical devices, "
+    "household furniture, insects, large carnivores, large man-made outdoor things, "
+    "large natural outdoor scenes, large omnivores and herbivores, medium-sized mammals, "
+    "non-insect invertebrates, people, reptiles, small mammals, trees, vehicles 1, vehicles 2"
+)
+COARSE = (
+    "4 1 14 8 0 6 7 7 18 3 3 14 9 18 7 11 3 9 7 11 6 11 5 10 7 6 13 15 3 15 0 11 1 10 12 14 16 9 11 5 "
+    "5 19 8 8 15 13 14 17 18 10 16 4 17 4 2 0 17 4 18 17 10 3 2 12 12 16 12 1 9 19 2 10 0 1 16 12 9 13 "
+    "15 13 16 19 2 4 6 19 5 5 8 19 18 1 2 15 6 0 17 8 14 13"
+)
 
 
 def coarse_labels(classes: tuple[str, ...], grouping: str) -> tuple[Tensor, tuple[str, ...]]:
     """The coarse label of each of K classes, (K,), and the coarse classes' names; coarse_labels(...)[0][y].
 
-    pairs: class k with class k + K/2, on CIFAR-10 airplane and dog, ...; superclasses: CIFAR-100's twenty.
-    Raises UserError where the classes do not allow it.
+    pairs: class k with class k + K/2, so that coarse = k mod K/2; superclasses: the twenty of CIFAR-100.
+    Raises UserError for an odd K, and for superclasses of anything else than CIFAR-100's classes.
     """
     K = len(classes)
-    if grouping == "pairs" and K % 2 == 0 and K >= 4:
-        names = (f"{a}+{b}" for a, b in zip(classes[: K // 2], classes[K // 2 :], strict=True))
-        return torch.arange(K) % (K // 2), tuple(names)
-    coarse = {name: i for i, members in enumerate(SUPERCLASSES.values()) for name in members.split()}
-    if grouping == "superclasses" and set(classes) == set(coarse):
-        return torch.tensor([coarse[name] for name in classes]), tuple(SUPERCLASSES)
-    expected = "pairs (an even number of them, 4 or more) or superclasses (only CIFAR-100 has them)"
-    raise UserError(f"--coarse {grouping}: {K} classes; expected {expected}")
+    if grouping == "superclasses" and classes[:1] + classes[-1:] + (K,) != ("apple", "worm", 100):
+        raise UserError("--coarse superclasses: only CIFAR-100 has them; use --coarse pairs")
+    if grouping == "superclasses":
+        return torch.tensor([int(k) for k in COARSE.split()]), tuple(SUPERCLASSES.split(", "))
+    if K % 2 or K < 4:
+        raise UserError(f"--coarse pairs: {K} classes; expected an even number of them, 4 or more")
+    return torch.arange(K) % (K // 2), tuple(
+        f"{a}+{b}" for a, b in zip(classes, classes[K // 2 :], strict=False)
+    )
 
 
 def split_tasks(K: int, tasks: int) -> Tensor:
@@ -955,7 +948,7 @@ def first_rank_first() -> Iterator[None]:
 
 
 def _number(kind: type, holds, expected: str):
-    """argparse type: an int or a float for which holds(value)."""
+    """argparse type: a number for which holds(value)."""
 
     def number(text: str):
         value = kind(text)
@@ -963,7 +956,6 @@ def _number(kind: type, holds, expected: str):
             raise argparse.ArgumentTypeError(f"{text}: expected {expected}")
         return value
 
-    number.__name__ = "whole number" if kind is int else "number"  # argparse: invalid number value: 'x'
     return number
 
 
@@ -1052,7 +1044,7 @@ class Flags(argparse.ArgumentParser):
         add("--eval-every", type=at_least(1), default=1, help="epochs from test to test; the last is tested")
         add("--out", type=a_path, default=Path("runs"), help="run folders: OUT/SCRIPT/DATASET/METHOD/seedS")
         add("--overwrite", action="store_true", help="train anew what is there, instead of going on with it")
-        add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where it runs")
+        add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where it runs")
         add("--precision", choices=precisions, default="auto", help="inside the network; auto: bf16 if fast")
         add("--compile", action="store_true", help="torch.compile the network; records CUDA graphs")
         add("--dry-run", action="store_true", help="two steps of everything, into OUT/dry-run")
@@ -1089,11 +1081,10 @@ def prepare_data(args: argparse.Namespace, per_class: int = 0) -> Dataset:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA, else Apple's MPS, else the CPU. Raises UserError for a device that is not there."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if not available.get(name, True):
-        raise UserError(f"--device {name}: not available here; use --device auto")
-    return torch.device(next(n for n, works in available.items() if works) if name == "auto" else name)
+    """`auto` is CUDA where there is a GPU, else the CPU. Raises UserError."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: not available here; use --device auto")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def _cpu_info() -> str:
@@ -1103,21 +1094,16 @@ def _cpu_info() -> str:
 
 def pick_precision(name: str, device: torch.device) -> str:
     """`auto` is bf16 where hardware multiplies it fast (CUDA; CPUs with AMX or AVX512-BF16), else fp32."""
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    fast = {"amx_bf16", "avx512_bf16"} & set(_cpu_info().split())
-    return "bf16" if fast and device.type == "cpu" else "fp32"
+    fast = device.type == "cuda" or {"amx_bf16", "avx512_bf16"} & set(_cpu_info().split())
+    return name if name != "auto" else "bf16" if fast else "fp32"
 
 
 def hardware(device: torch.device) -> str:
     """What the run ran on, in words, for config.json and for tables."""
-    times = f"{ranks()[1]} x " if ranks()[1] > 1 else ""
     if device.type == "cuda":
-        return times + torch.cuda.get_device_name(device)
+        return torch.cuda.get_device_name(device)
     model = re.search(r"model name\s*:\s*(.+)", _cpu_info())
-    return f"{times}{model[1] if model else platform.machine()}, {torch.get_num_threads()} threads"
+    return f"{model[1] if model else platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def _git_commit(folder: Path) -> str:
@@ -1163,8 +1149,7 @@ class Run:
         self.name = self.folder.parent.name
         self.config = self._read("config.json", json.loads)  # a flag that was not given stays None
         self.finished = self._read("result.json", json.loads)
-        lines = self._read("metrics.jsonl", str.splitlines) or []
-        self.history = [json.loads(line) for line in lines]
+        self.history = self._read("metrics.jsonl", lambda text: [*map(json.loads, text.splitlines())]) or []
 
     def _read(self, file: str, parse, unpack=Path.read_text):
         """parse(unpack(path)) of one of the files, None where it is missing."""
