@@ -429,10 +429,11 @@ def evaluate(model: nn.ModuleDict, data: common.Dataset, run: common.Run) -> tup
     """Accuracies and measures, those of the test split as test_..., and the arrays that they are of."""
     arrays = embed(model["network"], data, run)
     arrays |= {"W": model["classifier"].weight.detach(), "b": model["classifier"].bias.detach()}
-    arrays = {key: array.to(common.metric_device(run.device)) for key, array in arrays.items()}
+    arrays = {key: array.to(run.device) for key, array in arrays.items()}
     found = measures(arrays, len(data.classes))
     accuracy = {"accuracy": found["test"].pop("accuracy"), "train_accuracy": found["train"].pop("accuracy")}
-    return accuracy | found["train"] | {f"test_{key}": v for key, v in found["test"].items()}, arrays
+    of_test = {f"test_{key}": value for key, value in found["test"].items()}
+    return accuracy | found["train"] | of_test, arrays
 
 
 def plane(h: Tensor, y: Tensor, W: Tensor) -> dict[str, list]:
@@ -490,13 +491,13 @@ def measure(args, run: common.Run, model, data: common.Dataset, fine: common.Dat
 COLUMNS = {
     "accuracy": ("accuracy", "%", "of the test images after the last epoch"),
     "train_accuracy": ("train", "%", "of the training images"),
-    "purity": ("k-means", "%", "of the fine training labels, found by k-means in features of unit length"),
+    "purity": ("k-means", "%", "of the fine training labels, found in features of unit length"),
     "purity_raw": ("raw", "%", "the same in raw features"),
     "purity_whiten": ("whitened", "%", "the same in whitened features"),
     "untrained_purity": ("untrained", "%", "as k-means, before the first step"),
-    "probe": ("probe", "%", "of the fine test labels, by a linear probe trained on the labels so found"),
-    "oracle_probe": ("true labels", "%", "by a linear probe trained on the true fine labels"),
-    "same_coarse_ratio": ("apart", "", "squared distance of classes with one coarse label / within a class"),
+    "probe": ("probe", "%", "of the fine test labels, by a probe trained on the labels so found"),
+    "oracle_probe": ("true labels", "%", "by a probe trained on the true fine labels"),
+    "same_coarse_ratio": ("apart", "", "squared distance between fine classes / within one"),
     "untrained_same_coarse_ratio": ("untr.", "", "the same before the first step"),
 }
 
@@ -518,7 +519,7 @@ def draw_figures(args: argparse.Namespace, data: common.Dataset, runs: list[comm
             groups = dict(zip(data.classes, line["plane"]["points"], strict=False))
             panels[title] = (groups, line["plane"]["vectors"])
         draw_planes(run.folder / "falling.png", panels, "unit: length of a mean")
-    print("figures in the run folders: collapse.png, hidden.png (--coarse), falling.png (else)")
+    print("figures in the run folders: collapse.png, falling.png, hidden.png (--coarse)")
 
 
 def draw_collapse(run: common.Run, lines: list[dict]) -> None:
@@ -543,14 +544,15 @@ def draw_collapse(run: common.Run, lines: list[dict]) -> None:
 
 def hidden_classes(run: common.Run, fine: common.Dataset, grouping: str) -> dict[str, tuple]:
     """Panels for draw_planes: the fine classes in each of the first four coarse ones, 300 samples of each."""
-    coarse, names = common.coarse_labels(fine.classes, grouping)
+    _, names = common.coarse_labels(fine.classes, grouping)
     features = run.load_features()
     panels = {}
     for c, name in enumerate(names[:4]):
         h = PREPARATIONS["l2"](features["train_h"][features["train_y"] == c])
         points = decomposition.PCA(2).fit_transform(h)
         y = features["train_fine"][features["train_y"] == c]
-        panels[name] = ({fine.classes[k]: points[y == k][:300] for k in np.flatnonzero(coarse == c)}, [])
+        groups = {fine.classes[k]: points[y == k][:300] for k in np.unique(y)}
+        panels[name] = (groups, [])
     return panels
 
 
@@ -609,7 +611,7 @@ def read_features(path: Path) -> tuple[dict[str, Tensor], int]:
 def measure_file(path: Path, device: torch.device) -> dict:
     """Every measure of a features file: {"K": ..., "train": {...}, "test": {...}}."""
     arrays, K = read_features(path)
-    arrays = {name: array.to(common.metric_device(device)) for name, array in arrays.items()}
+    arrays = {name: array.to(device) for name, array in arrays.items()}
     N, d = arrays["train_h"].shape
     return {"file": str(path), "N": N, "d": d, "K": K, **measures(arrays, K)}
 
@@ -623,20 +625,21 @@ def print_measures(results: list[dict]) -> None:
 
     splits = [split for split in ("train", "test") if split in results[0]]
     rows = []
-    for name in dict.fromkeys(name.removesuffix("_M").removesuffix("_W") for name in results[0]["train"]):
+    names = [name.removesuffix("_M").removesuffix("_W") for name in results[0]["train"]]
+    for name in dict.fromkeys(names):
         cells = [cell(split, name, f"{name}_M") for split in splits]
         rows.append([name, *cells, cell("train", f"{name}_W")])
     print("\n" + common.table(["measure", *splits, "class vectors"], rows))
     angle = math.degrees(math.acos(-1 / (results[0]["K"] - 1)))
-    print("formulas: common.py, under these names; minority: classes with few images; nan: not defined")
-    print(f"full collapse: 0, rank K - 1; for K <= d + 1 a simplex, cosine -1/(K-1), angle {angle:.4g}")
+    print("formulas: common.py. minority: classes with few images. nan: not defined")
+    print(f"full collapse: 0, rank K - 1, and for K <= d + 1 a simplex, angle {angle:.4g}")
 
 
 def report(args: argparse.Namespace) -> dict:
     """--features and --run: every measure, as JSON or as a table."""
     path = args.features or args.run / "features.npz"
     if args.run and (common.Run(args.run).finished or {}).get("task") == "fewshot":
-        raise common.UserError(f"--run {args.run}: a few-shot run is tested on classes that were not trained")
+        raise common.UserError(f"--run {args.run}: a few-shot run is tested on classes not trained")
     result = measure_file(path, common.pick_device(args.device))
     if args.json:
         print(common.to_json(result, indent=1))
@@ -656,20 +659,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     flags = common.Flags("nc_metrics", __doc__)
     add = flags.add_argument
     source = flags.add_mutually_exclusive_group()
-    source.add_argument("--features", type=common.a_path, help="measure this npz file; see top of script")
-    source.add_argument("--run", type=common.a_path, help="measure the features.npz of any script's run")
-    add("--json", action="store_true", help="with --features or --run: JSON on stdout instead of the table")
+    source.add_argument("--features", type=common.a_path, help="npz file; see top of script")
+    source.add_argument("--run", type=common.a_path, help="run folder of any script")
+    add("--json", action="store_true", help="with --features or --run: JSON, no table")
     add("--net", choices=list(NETWORKS), help="network")
-    add("--optimizer", choices=list(OPTIMIZERS), default="sgd", help="adam and adamw want a --lr of 0.001")
-    add("--per-class", type=common.at_least(2), help="images kept of each class; all if not given")
-    add("--coarse", choices=["pairs", "superclasses"], help="train on coarse labels, recover the fine ones")
+    add("--optimizer", choices=list(OPTIMIZERS), default="sgd", help="adam, adamw: --lr 0.001")
+    add("--per-class", type=common.at_least(2), help="images kept of each class")
+    add("--coarse", choices=["pairs", "superclasses"], help="hide the fine labels")
     args = flags.parse(argv, METHODS, ["ce"], RECIPES, eval_every=50)
     if args.json and not (args.features or args.run):
         raise common.UserError("--json: only with --features FILE.npz or --run FOLDER")
     if args.optimizer != "sgd" and args.lr == flags.get_default("lr"):
-        raise common.UserError(
-            f"--optimizer {args.optimizer}: give --lr too, usually 0.001; {args.lr} is SGD's"
-        )
+        raise common.UserError(f"--optimizer {args.optimizer}: give --lr too, usually 0.001")
     parts = [args.folder.name, args.coarse, args.optimizer]  # each with a folder of its own
     args.folder = args.folder.with_name("-".join(part for part in parts if part and part != "sgd"))
     return args
