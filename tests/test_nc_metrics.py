@@ -103,6 +103,7 @@ def test_a_name_stays_in_its_coarse_class_and_is_used_once():
     assert set(found) == set(range(6))
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_features_that_collapse_completely_do_not_break_it():
     fine_y = np.repeat(np.arange(4), 10)
     h = np.eye(2, 5)[fine_y % 2]  # both fine classes of a coarse one on one point
@@ -187,8 +188,7 @@ def test_the_minority_is_that_of_the_training_counts():
     for split, M in means.items():
         a, b = (M - M.mean(0))[4:]
         assert found[split]["minority_cosine_M"] == pytest.approx(float(a @ b / a.norm() / b.norm()))
-    cosine = float(W[4] @ W[5] / W[4].norm() / W[5].norm())
-    assert found["train"]["minority_cosine_W"] == pytest.approx(cosine)
+    assert found["train"]["minority_cosine_W"] == pytest.approx(float(common.cosines(W)[4, 5]))
     balanced = script.measures(arrays(*example()[:3]), 4)["train"]
     assert np.isnan(balanced["minority_cosine_M"])  # classes of one size have no minority
 
@@ -269,7 +269,6 @@ def test_dead_features_give_a_table_of_nan(tmp_path, capsys):
     ({"train_h": np.full((40, 6), np.nan)}, ["train_h", "not finite"]),
     ({"train_h": np.zeros((40, 2, 3))}, ["train_h is (40, 2, 3)"]),
     ({"train_h": np.float64(1)}, ["train_h is ()"]),
-    ({"train_y": np.zeros(40)}, ["train_y", "float64"]),
     ({"train_y": np.arange(40) % 5}, ["labels 0 to 4", "0 to 3"]),
     ({"train_y": np.arange(40) % 4 - 1}, ["labels -1 to"]),
     ({"train_y": np.arange(40) % 3}, ["class 3 has no sample in train_y"]),
@@ -348,14 +347,13 @@ def test_the_plane_shows_the_same_class_on_the_same_side():
 
 
 def test_coarse_labels_hide_the_fine_ones(tmp_path, capsys):
-    argv = [*SHORT, "--epochs", "2", "--coarse", "pairs", "--out", str(tmp_path)]
-    (result,) = script.main(argv)["results"]
+    (result,) = script.main([*SHORT, "--epochs", "2", "--coarse", "pairs", "--out", str(tmp_path)])["results"]
     folder = tmp_path / "nc_metrics" / "digits-pairs" / "ce" / "seed0"
     with np.load(folder / "features.npz") as file:
         assert file["W"].shape[0] == 5
         np.testing.assert_array_equal(file["train_fine"] % 5, file["train_y"])
         found = script.recover_labels(file["train_h"], file["train_y"], file["train_fine"], "l2", 0)
-        assert result["purity"] == np.mean(found == file["train_fine"])
+        assert result["recovered"] == np.mean(found == file["train_fine"])
     out = capsys.readouterr().out
     assert all(title in out for title in ("k-means", "whitened", "untrained", "true labels"))
     assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in ("collapse.png", "hidden.png"))
@@ -368,4 +366,4 @@ def test_data_without_a_test_image_of_a_class(tmp_path):
     np.savez(tmp_path / "mnist.npz", train_x=x, train_y=y, classes=np.array(list("0123456789")), **test)
     argv = ["--dataset", "mnist", "--data-dir", str(tmp_path), "--net", "cnn", "--epochs", "1"]
     (result,) = script.main([*argv, "--out", str(tmp_path)])["results"]
-    assert result["nc1"] > 0 and np.isnan(result["test_nc1"]) and result["accuracy"] >= 0
+    assert result["nc1_rank"] == 9 and np.isnan(result["test_nc1"]) and result["accuracy"] >= 0
