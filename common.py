@@ -566,9 +566,9 @@ def nc1(h: Tensor, y: Tensor, K: int | None = None, centred: bool = True) -> tup
     return float(within.square().sum() / within.shape[0] / len(mean)) if keep.any() else math.nan, P.shape[1]
 
 
-def cdnv(h: Tensor, y: Tensor) -> float:
+def cdnv(h: Tensor, y: Tensor, K: int | None = None) -> float:
     """CDNV of h (N, d), y (N,): mean over pairs of (v_i + v_j) / (2 ||mu_i - mu_j||^2) (Galanti et al.)."""
-    _, mean, v = class_sums(h, y)
+    _, mean, v = class_sums(h, y, K)
     return float((torch.combinations(v).sum(1) / (2 * torch.pdist(mean).square())).mean())
 
 

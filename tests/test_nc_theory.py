@@ -28,7 +28,6 @@ def test_a_simplex_with_round_spread_has_closed_forms():
     measured = script.neural_collapse(h, simplex(), y)
     assert measured.pop("nc1") == pytest.approx(sigma**2 * (K - 1) ** 2 / (K * r**2), rel=1e-9)
     assert max(measured.values()) < 1e-12
-    assert common.trace_ratio(h, y) == pytest.approx(d * sigma**2 / r**2, rel=1e-9)
     assert common.cdnv(h, y) == pytest.approx(d * sigma**2 * (K - 1) / (2 * K * r**2), rel=1e-9)
     expected = 2 * d * sigma**2 + 2 * r**2 * K / (K - 1)
     assert float(common.class_distances(h, y)[0, 1]) == pytest.approx(expected, rel=1e-9)
