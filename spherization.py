@@ -32,7 +32,7 @@ What the source leaves open, or we do differently (more in results/spherization.
 
 - The released code adds 1e-6 inside logarithms, which makes x up to 0.4% too long. Ours is exact.
 - "Overlapping samples" are published as counts without a definition; ours is the function `overlap`.
-- Only s is learned, as in the released runs. With two angles it begins at 1.
+- Only s is learned, as in the released runs; with two angles it begins at 1.
 - Few-shot, the layer follows a convolution in place of the last max-pool: +last is that without the layer.
 - Analogies compare word vectors; the released code lets a language model rate sentences.
 """
@@ -54,17 +54,13 @@ from torch import Tensor, nn
 # [released] A coordinate is a product of up to n sines. With smaller angles it fades, and its gradient too.
 # %%
 def lower_bound(n: int, delta: float = 1e-6) -> float:
-    """phi_L, in radians: with n angles in [phi_L, pi/2] every product of sines is at least delta.
-
-    It nears pi/2 as n grows: 0.001 at n = 2, 1.27 at 300, 1.49 at 4096.
-    """
-    # sin(phi_L)^n = delta; the cap (released) would only matter beyond n = 110,000
-    return min(math.asin(delta ** (1 / n)), 0.99 * math.pi / 2)
+    """phi_L, in radians, from sin(phi_L)^n = delta: 0.001 at n = 2, 1.27 at 300, 1.49 at 4096."""
+    return min(math.asin(delta ** (1 / n)), 0.99 * math.pi / 2)  # the cap (released) is for n > 110,000
 
 
 # %% [markdown]
-# ## From angles to a point: $x_k = r \cos(\varphi_k) P_{k-1},\ x_{n+1} = r P_n,\ P_k = \prod_{j \le k} \sin(\varphi_j)$
-# [released, with an (n+1) x (n+1) matrix that sums log-sines] A cumulative sum does the same in O(n).
+# ## From angles to a point: $x_k = r P_{k-1} \cos\varphi_k$ and $x_{n+1} = r P_n$
+# [released, by a matrix of size n^2] $P_k = \prod_{j \le k} \sin\varphi_j$ is a cumulative sum of logarithms.
 # %%
 def spherize(z: Tensor, s: Tensor | float, r: float = 5.0, delta: float = 1e-6) -> Tensor:
     """Points of the sphere of radius r: z (..., n) and scale s -> x (..., n+1). Time and memory O(n)."""
@@ -83,15 +79,11 @@ def spherize(z: Tensor, s: Tensor | float, r: float = 5.0, delta: float = 1e-6) 
 
 
 # %% [markdown]
-# ## The Spherization layer: $z \mapsto \varphi \mapsto x,\ \|x\| = r$
-# [released] It stands where the last hidden layer's ReLU was. No bias after it: with one, a feature's distance
-# from a plane could tell classes apart, not only its direction.
+# ## The Spherization layer: $z \mapsto \varphi \mapsto x$, instead of the last hidden layer's ReLU
+# [released] The linear layer after it has no bias, by which the length of a feature could count again.
 # %%
 class Spherization(nn.Module):
-    """z (B, n) -> x (B, n+1); or (B, n, H, W) -> (B, n+1, H, W), (B, T, n) -> (B, T, n+1).
-
-    In float32 or better: in bf16 the sphere would be 0.4% thick. Raises ValueError for another shape.
-    """
+    """z (B, n) -> x (B, n+1); or images (B, n, H, W), tokens (B, T, n). In float32: bf16 is 0.4% off."""
 
     def __init__(self, n: int, radius: float = 5.0, scale: float = 5.0, delta: float = 1e-6):
         super().__init__()
@@ -105,8 +97,7 @@ class Spherization(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         axis = 2 if z.ndim == 3 else 1
         if z.ndim < 2 or z.shape[axis] != self.n:
-            expected = "(B, n), (B, n, H, W) or (B, T, n)"
-            raise ValueError(f"Spherization of {self.n}: got {tuple(z.shape)}, expected {expected}")
+            raise ValueError(f"Spherization: {tuple(z.shape)}, expected (B, {self.n}), images or tokens")
         z = z.to(torch.promote_types(z.dtype, torch.float32)).movedim(axis, -1)  # (B, n), (B, H, W, n), ...
         return spherize(z, self.s, self.radius, self.delta).movedim(-1, axis)
 
@@ -126,20 +117,15 @@ def overlap(h: Tensor, y: Tensor) -> Tensor:
 
 
 # %% [markdown]
-# ## Episodes
-# [Vinyals et al. 2016] Few-shot learning draws small problems: a few classes, each with a few labelled images
-# (shots) and others whose class is asked for (queries).
+# ## Episodes: few classes, each with some labelled images (shots) and others to classify (queries)
+# [Vinyals et al. 2016] Those of the test have new classes: the features have to be good, not a head.
 # %%
 def draw_episodes(y: Tensor, E: int, way: int, images: int, generator: torch.Generator) -> Tensor:
-    """E episodes of `way` classes, `images` images each: indices into y (E, way, images), none twice.
-
-    Raises ValueError for too few classes, or too few images of one.
-    """
+    """Indices into y (E, way, images), none twice in an episode. Raises ValueError for too few images."""
     members = [(y == k).nonzero().flatten() for k in y.unique()]
     fewest = min(map(len, members))
     if len(members) < way or fewest < images:
-        present = f"{len(members)} classes of {fewest} images or more"
-        raise ValueError(f"{present}; an episode has {way} classes of {images}")
+        raise ValueError(f"{len(members)} classes of {fewest} images; an episode has {way} of {images}")
     episodes = torch.empty(E, way, images, dtype=torch.long)
     for episode in episodes:
         classes = torch.randperm(len(members), generator=generator)[:way]
@@ -150,9 +136,8 @@ def draw_episodes(y: Tensor, E: int, way: int, images: int, generator: torch.Gen
 
 
 # %% [markdown]
-# ## Prototypes: $z_k = -\|q - p_k\|^2 / 128$ or $1000 (\cos(q, p_k) - 1) / 128$, where $p_k$ is the shots' mean
-# [Snell et al. 2017; temperatures as released] On the sphere one shot has $-\|q - p\|^2 = 2 r^2 (\cos - 1)$. At
-# r = 5 this spans 0.4 where the cosine's logits span 8.
+# ## Prototypes $p_k$, means of the shots: logits $-\|q - p_k\|^2 / 128$ or $1000 (\cos(q, p_k) - 1) / 128$
+# [Snell et al. 2017; temperatures: released] At r = 5 the first spans 0.4 on the sphere, the second spans 8.
 # %%
 def prototype_logits(h: Tensor, shots: int, metric: str) -> Tensor:
     """h (E, way, shots + queries, d) -> logits (E, way * queries, way), queries class by class."""
@@ -166,21 +151,19 @@ def prototype_logits(h: Tensor, shots: int, metric: str) -> Tensor:
 
 
 # %% [markdown]
-# ## In a transformer: $LN(u + W_2\, GELU(W_1 u + b_1) + b_2) \to LN(u + W\, spherize(W_1 u + b_1))$
-# [released, for the last block] Ours begins with the weights $W_2$ and a column of zeros, theirs at random. Only x
-# lies on a sphere: a word's vector keeps u, and LN fixes its length with the layer and without.
+# ## In a transformer's last block: $LN(u + W_2 GELU(W_1 u + b_1) + b_2) \to LN(u + W spherize(W_1 u + b_1))$
+# [released] Ours begins as $W_2$ with a column of zeros, theirs at random. A word's vector has u beside it.
 # %%
 FEED_FORWARD = [  # where a block has its activation, and the linear layer behind it
     ("activation", "linear2"),  # nn.TransformerEncoderLayer
     ("intermediate.intermediate_act_fn", "output.dense"),  # BERT (MiniLM is one), RoBERTa, MPNet
-    ("ffn.activation", "ffn.lin2"),  # DistilBERT
 ]
 
 
 def spherize_last_block(encoder: nn.Module, radius: float = 5.0, scale: float = 5.0) -> None:
     """Put the layer into an encoder's last block, in place. Raises ValueError for another kind of block."""
-    lists = [part for part in encoder.modules() if isinstance(part, nn.ModuleList)]
-    block = lists[-1][-1] if lists else nn.Identity()
+    stacks = [part for part in encoder.modules() if isinstance(part, nn.ModuleList)]
+    block = stacks[-1][-1] if stacks else nn.Identity()
     parts = dict(block.named_modules())
     for activation, linear in FEED_FORWARD:
         if activation in parts and linear in parts:
@@ -190,92 +173,56 @@ def spherize_last_block(encoder: nn.Module, radius: float = 5.0, scale: float = 
             block.set_submodule(activation, Spherization(W_2.shape[1], radius, scale))
             block.set_submodule(linear, W)
             return
-    raise ValueError("its last block is none of BERT, RoBERTa, MPNet or DistilBERT")
+    raise ValueError("its last block is none of BERT, RoBERTa or MPNet")
 
 
 # %% [markdown]
 # ## Word analogies a : b :: c : d by 3CosAdd: $d = \arg\max_w \cos(v_w, v_b - v_a + v_c)$
-# [Mikolov et al. 2013] Word vectors v are compared by angle. The choice is easier: among four d, the one whose
-# $v_d - v_c$ is nearest in angle to $v_b - v_a$.
+# [Mikolov et al. 2013] Word vectors v are compared by angle: their lengths cannot help.
 # %%
-def answer_analogies(V: Tensor, questions: Tensor, wrong: Tensor) -> tuple[Tensor, Tensor]:
-    """Is d found, by 3CosAdd among all words but a, b, c, and among four choices? (Q,) bool each.
-
-    V (n, d): vectors of n words; questions (Q, 4) and three wrong d each (Q, 3): numbers of words.
-    """
+def answer_analogies(V: Tensor, questions: Tensor) -> Tensor:
+    """Word vectors V (n, d), questions (Q, 4) in numbers of words -> is d found? (Q,) bool."""
     a, b, c, d = questions.unbind(1)
     u = F.normalize(V, dim=1)
     cos = (u[b] - u[a] + u[c]) @ u.T  # (Q, n), times a length that changes no order
-    offset = cos.scatter(1, questions[:, :3], -math.inf).argmax(1) == d
-    four = torch.cat([d[:, None], wrong], 1)  # (Q, 4)
-    cos = F.cosine_similarity(V[four] - V[c][:, None], (V[b] - V[a])[:, None], dim=2)
-    return offset, cos[:, 0] > cos[:, 1:].amax(1)
+    return cos.scatter(1, questions[:, :3], -math.inf).argmax(1) == d
 
 
 # %% Imports of the other cells
 import argparse
 import itertools
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from matplotlib.figure import Figure
 
 import common
 
 
 # %% [markdown]
 # # 2. Theory check
-# The layer-peeled model: $\min\ \frac1K \sum_k CE(W h_k + b, k) + \frac{\lambda}{2K} (\|W\|^2 + \|Z\|^2)$, with free
-# features. Either h = z >= 0, as behind a ReLU, and b is free; or h is z spherized, and b = 0.
-# %%
-def layer_peeled(K: int, n: int, penalty: float, spherized: bool, seed: int = 0) -> tuple:
-    """The optimum for K classes with n free numbers each: W (K, d), b (K,), features H (K, d), loss."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def features(q: Tensor) -> tuple[Tensor, Tensor]:  # z and h; every h >= 0 is q^2
-        return (q, spherize(q, 5.0)) if spherized else (q**2, q**2)
-
-    def loss(W: Tensor, q: Tensor, b: Tensor | float = 0.0) -> Tensor:
-        z, h = features(q)
-        ce = F.cross_entropy(h @ W.T + b, torch.arange(K))
-        return ce + penalty / (2 * K) * (W.square().sum() + z.square().sum())
-
-    W = torch.randn(K, n + 1 if spherized else n, generator=generator, dtype=torch.float64)
-    q = torch.randn(K, n, generator=generator, dtype=torch.float64)
-    b = [] if spherized else [torch.zeros(K, dtype=torch.float64)]
-    W, q, *b = common.minimise(loss, W, q, *b, steps=300)
-    return W, sum(b), features(q)[1], float(loss(W, q, *b))
-
-
-def angle_accuracy(h: Tensor, y: Tensor, M: Tensor) -> float:
-    """Share of features h (N, d) whose nearest class mean, by cosine and of M (K, d), is that of y (N,)."""
-    nearest = common.logits(h, common.unit(M).nan_to_num()).argmax(1)
-    return float((nearest == y.to(nearest.device)).double().mean())
-
-
+# On one ray, $h_k = t_k u$, the head $w_k = t_k u,\ b_k = -t_k^2/2$ finds the nearest length, since then
+# $w_k h + b_k = (\|h\|^2 - \|h - h_k\|^2)/2$. No angle does. On a sphere $w_k = x_k$ finds the nearest angle.
 # %%
 def check_theory(folder: Path) -> dict:
-    """Print the chapter's claims, each against a closed form or direct optimisation; draw synthetic.png."""
+    """Print the chapter's claims, each against a closed form; draw synthetic.png."""
     claims = common.Claims()
-    generator = torch.Generator().manual_seed(0)
-
-    # Six classes: the norm alone tells them apart, until one angle has to
     K = 6
-    optima = {}
-    for spherized, name in ((False, "one ReLU unit and a bias"), (True, "one angle, no bias")):
-        W, b, H, _ = layer_peeled(K, 1, 1e-3, spherized, seed=1)
-        optima[name] = H
-        right = (H @ W.T + b).argmax(1) == torch.arange(K)
-        noise = 0.01 * torch.randn(200, K, H.shape[1], generator=generator, dtype=torch.float64)
-        noisy = (H + H.norm(dim=1).mean() * noise).relu()  # (200, K, d)
-        by_angle = angle_accuracy(noisy.flatten(0, 1), torch.arange(K).repeat(200), H)
-        claims.equal(f"6 classes, {name}: accuracy", 1, float(right.double().mean()), 0)
-        # on one ray every cosine is 1 (or 0, for no feature), and the first class wins
-        claims.equal(f"   by angle alone, chance 1/{K}", 1 if spherized else 1 / K, by_angle, 0.01)
-
-    # What the layer promises, in float32 and where rounding errors add up: all angles alike
+    y = torch.arange(K)
+    ray = 1.0 + y[:, None].double()  # one ReLU unit, (K, 1)
+    arc = spherize(torch.linspace(-0.5, 0.5, K).double()[:, None], 5.0)  # one angle, (K, 2)
+    logits = {
+        "6 classes of one ReLU unit and a bias: accuracy": (1, ray @ ray.T - ray.T**2 / 2),
+        "   without the bias, chance 1/6": (1 / K, ray @ ray.T),
+        "   by angle, chance 1/6": (1 / K, common.unit(ray) @ common.unit(ray).T),
+        "6 classes of one angle, no bias: accuracy": (1, arc @ arc.T),
+        "   by angle": (1, common.unit(arc) @ common.unit(arc).T),
+    }
+    for claim, (theory, z) in logits.items():
+        claims.equal(claim, theory, float((z.argmax(1) == y).double().mean()), 0)
+    # In float32, and where rounding errors add up: all angles alike
     z = torch.tensor([0, 0.3, 0.9, -0.9, -3, 3, -50, 50])
     x = spherize(z[:, None].expand(-1, 4096), 5.0).double()
     norm = x.norm(dim=1) / 5
@@ -283,31 +230,22 @@ def check_theory(folder: Path) -> dict:
     smallest = float(x[:, -1].min()) / 5 / 1e-6
     claims.equal("4096 angles, float32: the point is on the sphere, norm / radius", 1, farthest, 1e-6)
     claims.equal("   no coordinate fades below delta: smallest / delta", 1, smallest, 2e-5)
-    draw_optima(folder / "synthetic.png", optima)
-    return claims.report(folder / "synthetic.png")
-
-
-def draw_optima(path: Path, optima: dict[str, Tensor]) -> None:
-    """Six classes told apart by the norm on one ray, or by one angle."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(8, 4), layout="constrained")
-    look = common.styles(range(6))
-    for plot, (name, H) in zip(figure.subplots(1, 2), optima.items(), strict=True):
-        for k, (u, v) in enumerate(F.pad(H, (0, 1))[:, :2].tolist()):  # a ray has no second coordinate
+    look = common.styles(range(K))
+    drawn = {"one ReLU unit": F.pad(ray, (0, 1)), "one angle": arc}
+    for plot, (title, points) in zip(figure.subplots(1, 2), drawn.items(), strict=True):
+        for k, (u, v) in enumerate(points.tolist()):
             plot.plot([0, u], [0, v], color="0.8", zorder=1)
             plot.plot(u, v, ls="", markersize=9, label=f"class {k}", **look[k])
-        plot.set(title=name, xlabel="first coordinate of the feature", ylabel="second coordinate")
+        plot.set(title=title, xlabel="first coordinate of the feature", ylabel="second coordinate")
         plot.set_aspect("equal", adjustable="datalim")
     figure.legend(*plot.get_legend_handles_labels(), loc="outside right upper", frameon=False)
-    common.save_figure(path, figure)
+    common.save_figure(folder / "synthetic.png", figure)
+    return claims.report(folder / "synthetic.png")
 
 
 # %% [markdown]
 # # 3. Network
-# A trunk without its last activation; the layer, or a ReLU; a linear layer.
-
-
 # %%
 def mlp(shape: tuple[int, int, int]) -> tuple[list[nn.Module], int]:
     """784-500-300 on MNIST: layers, images (B, C, H, W) -> z (B, n) before any activation, and n."""
@@ -337,27 +275,21 @@ class CosineHead(nn.Linear):
 def build_classifier(args: argparse.Namespace, name: str, data: common.Dataset) -> nn.ModuleDict:
     """Images (B, C, H, W) -> trunk -> z (B, n) -> layer -> h (B, d) -> head -> logits (B, K)."""
     layers, n = {"mlp": mlp, "lenet": lenet}[args.net](tuple(data.train_x.shape[1:]))
-    scale = args.scale
-    if name.endswith("-3d"):  # two angles and x, or three units; at s = 5 angles would end at 0 or 90 degrees
+    if name.endswith("-3d"):
         layers += [nn.ReLU(), nn.Linear(n, 2 if name == "sphere-3d" else 3)]
         n = layers[-1].out_features
-        scale = 1.0
-    d = n
-    layer = nn.ReLU()
-    if name.startswith("sphere"):
-        layer = Spherization(n, args.radius, scale)
-        d = n + 1
+    scale = 1.0 if name == "sphere-3d" else args.scale  # at 5 its angles would end at 0 or 90 degrees
+    on_sphere = name.startswith("sphere")
+    layer = Spherization(n, args.radius, scale) if on_sphere else nn.ReLU()
     Head = CosineHead if name == "cosine" else nn.Linear
-    head = Head(d, len(data.classes), bias=name.startswith("plain"))
+    head = Head(n + on_sphere, len(data.classes), bias=name.startswith("plain"))
     return nn.ModuleDict({"trunk": nn.Sequential(*layers), "layer": layer, "head": head})
 
 
 # %%
 def build_embedding(args: argparse.Namespace, name: str, data: common.Dataset) -> nn.ModuleDict:
-    """Conv-4 (Snell et al. 2017): images (B, C, H, W) -> trunk -> z (B, 64) -> layer -> h (B, d).
-
-    It ends in a max-pool over what is left of the image, or, for the layer, in a convolution and BatchNorm.
-    """
+    """Conv-4 (Snell et al. 2017): images (B, C, H, W) -> trunk -> z (B, 64) -> layer -> h (B, d)."""
+    last = name.partition("+")[2]
     H, W, C = data.train_x.shape[1:]
     layers = []
     for _ in range(4):
@@ -367,20 +299,17 @@ def build_embedding(args: argparse.Namespace, name: str, data: common.Dataset) -
             layers.append(nn.MaxPool2d(2))
             H = H // 2
             W = W // 2
-    if name.endswith(("+last", "+sphere")):
+    if last:  # as released, for the layer; it has the size of what is left of the image
         layers += [nn.Conv2d(64, 64, (H, W), bias=False), nn.BatchNorm2d(64)]
     else:
         layers.append(nn.MaxPool2d((H, W)))
-    layer = Spherization(64, args.radius, args.scale) if name.endswith("+sphere") else nn.Identity()
+    layer = Spherization(64, args.radius, args.scale) if last == "sphere" else nn.Identity()
     return nn.ModuleDict({"trunk": nn.Sequential(*layers, nn.Flatten()), "layer": layer})
 
 
 # %%
 class Encoder(nn.Module):
-    """Tokens (B, T) of V and attention mask (B, T), False for padding -> hidden states (B, T, d), in a tuple.
-
-    Two blocks, for the small language. Called as encoders of transformers are.
-    """
+    """Two blocks: tokens (B, T) of V, attention_mask (B, T), False for padding -> (states (B, T, d),)."""
 
     def __init__(self, V: int, d: int = 64):
         super().__init__()
@@ -407,25 +336,23 @@ def pretrained(kind: str, model: str, **options):
 
         transformers.utils.logging.set_verbosity_error()
         return getattr(transformers, kind).from_pretrained(model, **options)
-    except ImportError:
-        raise common.UserError("--model: needs one more package: pip install transformers") from None
     except Exception as error:  # of many kinds
         reason = str(error).partition("\n")[0]
-        raise common.UserError(f"--model {model}: cannot be loaded ({reason})") from None
+        raise common.UserError(f"--model {model}: cannot be loaded by transformers ({reason})") from None
 
 
 def build_encoder(args: argparse.Namespace, name: str, data: "Language") -> nn.ModuleDict:
     """The encoder of --model, or our own; for sphere methods with the layer in its last block."""
-    encoder = Encoder(data.mask + 1)
-    if args.model:
+    if not args.model:
+        encoder = Encoder(data.mask + 1)
+    else:
         encoder, report = pretrained("AutoModel", args.model, use_safetensors=True, output_loading_info=True)
         absent = [key for key in sorted(report["missing_keys"]) if "pooler" not in key]
         if absent:
             raise common.UserError(f"--model {args.model}: has no weights for {absent[0]}")
-        narrow = encoder.get_input_embeddings().embedding_dim
-        wide = encoder.config.hidden_size
-        if narrow != wide:  # input embeddings name the tokens
-            raise common.UserError(f"--model {args.model}: embeddings of {narrow}, hidden states of {wide}")
+        sizes = encoder.get_input_embeddings().embedding_dim, encoder.config.hidden_size
+        if sizes[0] != sizes[1]:  # the embeddings are to name the tokens
+            raise common.UserError(f"--model {args.model}: embeddings of {sizes[0]}, states of {sizes[1]}")
     if name == "sphere+tuned":
         try:
             spherize_last_block(encoder, args.radius, args.scale)
@@ -484,43 +411,8 @@ def learning_rate(epoch: int, args: argparse.Namespace) -> float:
 
 
 # %% [markdown]
-# ## A classifier
-# %%
-def train_classifier(args: argparse.Namespace, run: common.Run, data: common.Dataset) -> dict:
-    """Train one method with one seed, from its last checkpoint on. Returns what was measured at the end."""
-    torch.manual_seed(run.seed)  # initial weights
-    generator = torch.Generator().manual_seed(run.seed)  # order
-    model = build_classifier(args, run.name, data).to(run.device, memory_format=torch.channels_last)
-    trunk, layer, head = run.prepare(model)  # speed only: --compile
-    optimizer = torch.optim.Adam(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=run.fused)
-    images = common.Batches(data.train_x, data.mean, data.std, device=run.device)
-
-    for epoch in run.epochs(args.epochs, model=model, optimizer=optimizer, generator=generator):
-        lr = learning_rate(epoch, args)
-        optimizer.param_groups[0]["lr"] = lr
-        order = torch.randperm(len(data.train_y), generator=generator)
-        labels = data.train_y[order].to(run.device)
-        model.train()
-        for part, x in images.epoch(order, args.batch_size):  # (B, C, H, W)
-            with run.autocast():  # bf16 inside the network only
-                z = trunk(x)  # (B, n)
-            h = layer(z.float())  # (B, d); d = n + 1 and ||h|| = r on the sphere
-            loss = F.cross_entropy(head(h), labels[part])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            run.add_loss(loss)  # stays on the device; read once per epoch
-        run.log(lr=lr)
-        if run.is_test_epoch(epoch):  # every --eval-every epochs, and after the last one
-            h = embed(model, data.test_x, data, run)
-            run.log(accuracy=accuracy(model["head"], h, data.test_y))
-    return measure_classifier(args, run, model, data)
-
-
-# %% [markdown]
-# ## Prototypes, an episode per step
-# Classes to test on are none of those to train on: FC100's (Oreshkin et al. 2018; its 20 to validate on are left
-# out) for CIFAR-100, else half and half.
+# ## Images: batches of all classes, or (few-shot) an episode per step
+# FC100 tests on 20 classes of CIFAR-100 and trains on 60 (Oreshkin et al. 2018); else halves.
 # %%
 WAY = 5  # classes of an episode, each with
 SHOTS = 5  # labelled images and
@@ -532,12 +424,13 @@ def split_by_class(args: argparse.Namespace, data: common.Dataset) -> dict[str, 
     """Images and labels of the classes to train and to test on. Raises UserError for too few of them."""
     x = torch.cat([data.train_x, data.test_x])
     y = torch.cat([data.train_y, data.test_y])
-    group = (2 * torch.arange(len(data.classes)) >= len(data.classes)).long()  # (K,)
-    members = {"train": (0,), "test": (1,)}
+    K = len(data.classes)
+    groups = {"train": range(K // 2), "test": range(K // 2, K)}
+    group = torch.arange(K)
     if common.split_name(args.dataset)[0] == "cifar100":
-        group, _ = common.coarse_labels(data.classes, "superclasses")
-        members = FC100
-    pools = {split: torch.isin(group[y], torch.tensor(some)) for split, some in members.items()}
+        groups = FC100
+        group, _ = common.coarse_labels(data.classes, "superclasses")  # (K,)
+    pools = {split: torch.isin(group[y], torch.tensor(some)) for split, some in groups.items()}
     for split, pool in pools.items():
         try:
             draw_episodes(y[pool], 1, WAY, SHOTS + QUERIES, torch.Generator())
@@ -546,43 +439,54 @@ def split_by_class(args: argparse.Namespace, data: common.Dataset) -> dict[str, 
     return {split: (x[pool], y[pool]) for split, pool in pools.items()}
 
 
-def train_prototypes(args: argparse.Namespace, run: common.Run, data: common.Dataset) -> dict:
-    """Train Conv-4 to tell queries apart by their distance to prototypes; returns what was measured."""
+# %%
+def train_images(args: argparse.Namespace, run: common.Run, data: common.Dataset) -> dict:
+    """Train one method with one seed, from its last checkpoint on. Returns what was measured at the end."""
+    few_shot = args.task == "fewshot"
     metric = run.name.partition("+")[0]
-    x, y = split_by_class(args, data)["train"]
+    x, y = split_by_class(args, data)["train"] if few_shot else (data.train_x, data.train_y)
     torch.manual_seed(run.seed)  # initial weights
-    generator = torch.Generator().manual_seed(run.seed)  # episodes
-    model = build_embedding(args, run.name, data).to(run.device, memory_format=torch.channels_last)
-    trunk, layer = run.prepare(model)  # speed only: --compile
+    generator = torch.Generator().manual_seed(run.seed)  # order, episodes
+    build = build_embedding if few_shot else build_classifier
+    model = build(args, run.name, data).to(run.device, memory_format=torch.channels_last)
+    trunk, layer, *head = run.prepare(model)  # speed only: --compile
     optimizer = torch.optim.Adam(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=run.fused)
     images = common.Batches(x, data.mean, data.std, device=run.device)
     queries = torch.arange(WAY, device=run.device).repeat_interleave(QUERIES)  # (WAY * QUERIES,)
 
     for epoch in run.epochs(args.epochs, model=model, optimizer=optimizer, generator=generator):
-        lr = learning_rate(epoch, args)
-        optimizer.param_groups[0]["lr"] = lr
-        episodes = draw_episodes(y, args.episodes, WAY, SHOTS + QUERIES, generator)
+        optimizer.param_groups[0]["lr"] = learning_rate(epoch, args)
+        if few_shot:
+            order = draw_episodes(y, args.episodes, WAY, SHOTS + QUERIES, generator).flatten()
+        else:
+            order = torch.randperm(len(y), generator=generator)
+        labels = y[order].to(run.device)
         model.train()
-        for _, batch in images.epoch(episodes.flatten(), args.batch_size):  # one episode: (B, C, H, W)
+        for part, batch in images.epoch(order, args.batch_size):  # (B, C, H, W); few-shot: one episode
             with run.autocast():  # bf16 inside the network only
-                z = trunk(batch)
-            h = layer(z.float()).view(1, WAY, SHOTS + QUERIES, -1)
-            loss = F.cross_entropy(prototype_logits(h, SHOTS, metric)[0], queries)
+                z = trunk(batch)  # (B, n)
+            h = layer(z.float())  # (B, d); d = n + 1 and ||h|| = r on the sphere
+            if few_shot:
+                logits = prototype_logits(h.view(1, WAY, SHOTS + QUERIES, -1), SHOTS, metric)[0]
+                loss = F.cross_entropy(logits, queries)
+            else:
+                loss = F.cross_entropy(head[0](h), labels[part])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            run.add_loss(loss)
-        run.log(lr=lr)
-    return measure_prototypes(args, run, model, data)
+            run.add_loss(loss)  # stays on the device; read once per epoch
+        if run.is_test_epoch(epoch) and not few_shot:  # every --eval-every epochs, and after the last one
+            h = embed(model, data.test_x, data, run)
+            run.log(accuracy=share_right(model["head"](h).argmax(1), data.test_y))
+    return (measure_prototypes if few_shot else measure_classifier)(args, run, model, data)
 
 
 # %% [markdown]
-# ## A small language
-# Its words mean nothing but their neighbours. A word is a stem and a form, `7+2`. Its form decides the word
-# before it and the one behind it, its stem the two after these, except for a quarter of them.
+# ## A small language of stems and forms, `7+2`
+# The form decides the word before and the one behind, the stem the next two, except for a quarter of them.
 # %%
-def small_language(N: int = 3000) -> tuple[list[str], list[str]]:
-    """N sentences, and the lines of a file of questions, as 7+2 7+3 9+2 9+3. 25 stems, 4 forms."""
+def small_language(N: int = 3000) -> "Language":
+    """N sentences of five words, and questions as 7+2 : 7+3 :: 9+2 : 9+3. 25 stems, 4 forms."""
     random = np.random.default_rng(0)
     sentences = []
     for stem, form in random.integers([25, 4], size=(N, 2)):
@@ -590,33 +494,36 @@ def small_language(N: int = 3000) -> tuple[list[str], list[str]]:
         kinds = np.where(random.random(4) < 0.25, anything, [form, form, stem, stem])
         names = zip(("before", "behind", "topic", "topic"), kinds, random.integers(3, size=4), strict=True)
         first, *others = [f"{name}{kind}.{which}" for name, kind, which in names]
-        sentences.append(" ".join([first, f"{stem}+{form}", *others]))
-    lines = []
+        sentences.append([first, f"{stem}+{form}", *others])
+    questions = []
     for f, g in itertools.combinations(range(4), 2):
         pairs = itertools.permutations(range(25), 2)
-        lines += [f": form {f} : form {g}", *(f"{i}+{f} {i}+{g} {j}+{f} {j}+{g}" for i, j in pairs)]
-    return sentences, lines
+        questions += [[f"{i}+{f}", f"{i}+{g}", f"{j}+{f}", f"{j}+{g}"] for i, j in pairs]
+    words = sorted({word for line in sentences + questions for word in line})
+    token = {word: (i,) for i, word in enumerate(words)}
+    sentences = [[token[word] for word in line] for line in sentences]
+    questions = [[token[word] for word in line] for line in questions]
+    return Language(sentences, questions, len(words), len(words) + 1, len(words) + 2)
 
 
 # %% [markdown]
 # ## Words are compared by their tokens
-# A tokenizer splits a line into pieces, `Paris,` into `Paris` and the comma, and each piece into tokens. Pieces
-# with the same tokens are one word, in sentences and in questions.
+# A tokenizer splits a line into pieces, `Paris,` into `Paris` and a comma. Equal tokens are one word.
 # %%
-Piece = tuple[int, ...]  # its tokens
-
-
 class Language(NamedTuple):
-    """Sentences and analogy questions, in pieces."""
+    """Sentences and analogy questions, in pieces, which are tuples of tokens."""
 
-    sentences: list[list[Piece]]
-    questions: list[tuple[str, list[Piece]]]  # section; a, b, c, d
+    sentences: list[list[tuple]]
+    questions: list[list[tuple]]  # a, b, c, d
     begin: int  # the token before a sentence,
     end: int  # the one after it,
-    mask: int  # and the one that hides another; of our own tokens the last
-    fingerprint: str
+    mask: int  # and the one that hides another; of the small language's tokens the last
 
-    def batch(self, lines: list[list[Piece]], target: Piece = ()) -> tuple[Tensor, Tensor, Tensor]:
+    @property
+    def fingerprint(self) -> str:
+        return f"{zlib.crc32(repr(tuple(self)).encode()):08x}"
+
+    def batch(self, lines: list[list[tuple]], target: tuple = ()) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens, attention mask, and which tokens are the word `target`: (B, T) each."""
         rows = []
         for line in lines:
@@ -626,35 +533,7 @@ class Language(NamedTuple):
         return tokens.clamp_min(0), tokens >= 0, is_target == 1
 
 
-def own_tokenizer(lines: list[str]) -> tuple[Callable, tuple]:
-    """A function from a line of these to pieces, a word being a token; tokens begin, end, mask, unknown."""
-    words = sorted({word for line in lines if line[0] != ":" for word in line.split()})
-    number = {word: i for i, word in enumerate(words)}
-    V = len(words)
-    return lambda line: [(number[word],) for word in line.split()], (V, V + 1, V + 2, None)
-
-
-def pretrained_tokenizer(model: str) -> tuple[Callable, tuple]:
-    """The same for lines of any text, with the tokenizer of --model. Raises UserError."""
-    tokenizer = pretrained("AutoTokenizer", model, add_prefix_space=True)  # RoBERTa: a word's space
-    positions = getattr(pretrained("AutoConfig", model), "max_position_embeddings", 512)
-    most = min(128, positions - 2) - 2  # without begin and end; RoBERTa counts positions from 2
-    special = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id
-    if None in special or not tokenizer.is_fast:
-        raise common.UserError(f"--model {model}: expected a fast tokenizer with [CLS], [SEP] and [MASK]")
-
-    def split(line: str) -> list[Piece]:
-        encoded = tokenizer(line, add_special_tokens=False, truncation=True, max_length=most + 1)
-        pieces = {}
-        for i, token in zip(encoded.word_ids(), encoded["input_ids"], strict=True):
-            pieces.setdefault(i, []).append(token)
-        if len(encoded["input_ids"]) > most:  # the last piece may be cut
-            pieces.popitem()
-        return [tuple(tokens) for tokens in pieces.values()]
-
-    return split, (*special, tokenizer.unk_token_id)
-
-
+# %%
 def read_lines(path: Path) -> list[str]:
     """The lines that have a word. Raises UserError."""
     try:
@@ -664,51 +543,60 @@ def read_lines(path: Path) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
-# %%
-def prepare_language(args: argparse.Namespace) -> Language:
-    """What --text and --analogies hold, or the small language; settles args.device and args.precision.
+def pretrained_language(args: argparse.Namespace) -> Language:
+    """--text and --analogies, split by the tokenizer of --model. Raises UserError."""
+    tokenizer = pretrained("AutoTokenizer", args.model, add_prefix_space=True)  # RoBERTa: a word's space
+    positions = getattr(pretrained("AutoConfig", args.model), "max_position_embeddings", 512)
+    most = min(128, positions - 2) - 2  # without begin and end; RoBERTa counts positions from 2
+    special = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id
+    if None in special or not tokenizer.is_fast:
+        raise common.UserError(f"--model {args.model}: expected a fast tokenizer with [CLS], [SEP], [MASK]")
 
-    Leaves out questions whose four are not different words that the tokenizer knows, each one piece.
-    """
-    args.device = common.pick_device(args.device)
-    args.precision = common.pick_precision(args.precision, args.device)
-    if args.model:
-        text = read_lines(args.text)
-        lines = read_lines(args.analogies)
-        split, (*special, unknown) = pretrained_tokenizer(args.model)
-    else:
-        torch.set_num_threads(1)  # so small that more threads are slower
-        text, lines = small_language()
-        split, (*special, unknown) = own_tokenizer(text + lines)
-    sentences = [split(line) for line in text[: 2 * args.batch_size if args.dry_run else None]]
+    def split(line: str) -> list[tuple]:
+        encoded = tokenizer(line, add_special_tokens=False, truncation=True, max_length=most + 1)
+        pieces = {}
+        for i, token in zip(encoded.word_ids(), encoded["input_ids"], strict=True):
+            pieces.setdefault(i, []).append(token)
+        if len(encoded["input_ids"]) > most:  # the last piece may be cut
+            pieces.popitem()
+        return [tuple(tokens) for tokens in pieces.values()]
+
     questions = []
-    section = "all"
-    for line in lines:
-        if line[0] == ":":
-            section = line
+    for line in read_lines(args.analogies):
+        if line[0] == ":":  # the name of a section
             continue
         if len(line.split()) != 4:
             raise common.UserError(f"--analogies {args.analogies}: {line!r}, expected four words")
-        four = split(line)
-        if len(four) == len(set(four)) == 4 and unknown not in sum(four, ()):
-            questions.append((section, four))
-    words = {word for _, four in questions for word in four}
-    if not sentences or len(words) < 7:  # a, b, c, d and three wrong answers
-        expected = "a sentence, and questions of seven words or more that --model knows"
-        raise common.UserError(f"--text {args.text}, --analogies {args.analogies}: expected {expected}")
-    lost = len(words.difference(*sentences))
-    print(f"{len(sentences):,} sentences; {len(questions):,} questions of {len(words):,} words")
-    if lost:
-        print(f"{lost:,} of the words stand in no sentence: each one's vector is that of the word alone")
+        four = split(line)  # left out where they are not four different pieces that the tokenizer knows
+        if len(four) == len(set(four)) == 4 and tokenizer.unk_token_id not in sum(four, ()):
+            questions.append(four)
+    return Language([split(line) for line in read_lines(args.text)], questions, *special)
+
+
+def prepare_language(args: argparse.Namespace) -> Language:
+    """What --text and --analogies hold, or the small language; settles args.device and args.precision."""
+    args.device = common.pick_device(args.device)
+    args.precision = common.pick_precision(args.precision, args.device)
+    if args.model:
+        data = pretrained_language(args)
+    else:
+        torch.set_num_threads(1)  # so small that more threads are slower
+        data = small_language()
+    if args.dry_run:
+        data = data._replace(sentences=data.sentences[: 2 * args.batch_size])
+    words = {word for four in data.questions for word in four}
+    if not data.sentences or not words:
+        raise common.UserError("--text, --analogies: no sentence, or no question of words that --model knows")
+    sizes = f"{len(data.questions):,} questions of {len(words):,} words"
+    lost = len(words.difference(*data.sentences))
+    print(f"{len(data.sentences):,} sentences; {sizes}, of which {lost:,} stand in no sentence")
     print(f"{common.hardware(args.device)}, {args.precision}; into {args.folder}")
-    checksum = zlib.crc32(repr((sentences, questions)).encode())
-    return Language(sentences, questions, *special, f"{checksum:08x}")
+    return data
 
 
 # %% [markdown]
-# ## An encoder
-# It learns to name the tokens of sentences by its input embeddings, as BERT does. As released no token is masked,
-# and SGD has no momentum; our own small encoder has a fifth masked, and Adam.
+# ## An encoder learns to name the tokens of sentences by its input embeddings
+# [released: no token masked, SGD without momentum] Our own small encoder has a fifth masked, and Adam.
 # %%
 def train_encoder(args: argparse.Namespace, run: common.Run, data: Language) -> dict:
     """Train one encoder with one seed; returns which analogies its word vectors answer."""
@@ -744,8 +632,6 @@ def train_encoder(args: argparse.Namespace, run: common.Run, data: Language) -> 
 
 # %% [markdown]
 # # 5. Results
-
-
 # %%
 @torch.no_grad()
 def embed(model: nn.ModuleDict, images: Tensor, data: common.Dataset, run: common.Run) -> Tensor:
@@ -756,19 +642,12 @@ def embed(model: nn.ModuleDict, images: Tensor, data: common.Dataset, run: commo
         with run.autocast():
             z = model["trunk"](x)
         parts.append(model["layer"](z.float()))
-    return torch.cat(parts).to(common.metric_device(run.device))
+    return torch.cat(parts)
 
 
-def class_vectors(head: nn.Linear) -> Tensor:
-    """W (K, d) with argmax_k w_k . h + b_k the decision: of unit length where only its angle counts."""
-    W = head.weight.detach()
-    return F.normalize(W, dim=1) if isinstance(head, CosineHead) else W
-
-
-def accuracy(head: nn.Linear, h: Tensor, y: Tensor) -> float:
-    """Share of features h (N, d) whose argmax_k w_k . h + b_k is that of y (N,)."""
-    z = common.logits(h, class_vectors(head), head.bias)
-    return float((z.argmax(1) == y.to(z.device)).double().mean())
+def share_right(prediction: Tensor, y: Tensor) -> float:
+    """Share of the classes predicted (N,) that are those of y (N,)."""
+    return float((prediction == y.to(prediction.device)).double().mean())
 
 
 TAUS = (1e-4, 1e-3, 1e-2, 5e-2, 0.1)  # 1 - cosine: 0.8, 2.6, 8, 18, 26 degrees
@@ -783,34 +662,32 @@ def measure_classifier(args: argparse.Namespace, run: common.Run, model: nn.Modu
     train_y = data.train_y[kept].to(train_h.device)
     test_h = embed(model, data.test_x, data, run)
     test_y = data.test_y.to(test_h.device)
-    W = class_vectors(head)
+    W = F.normalize(head.weight, dim=1) if isinstance(head, CosineHead) else head.weight  # (K, d)
     bias = {} if head.bias is None else {"b": head.bias}
     run.save_features(train_h=train_h, train_y=train_y, test_h=test_h, test_y=test_y, W=W, **bias)
     M = common.class_means(train_h, train_y, len(W))
     norm = test_h.double().norm(dim=1)
     result = {
-        "accuracy": accuracy(head, test_h, test_y),
-        "train_accuracy": accuracy(head, train_h, train_y),
-        "angle_accuracy": angle_accuracy(test_h, test_y, M),
+        "accuracy": share_right(head(test_h).argmax(1), test_y),
+        "train_accuracy": share_right(head(train_h).argmax(1), train_y),
+        "angle_accuracy": share_right(common.logits(test_h, common.unit(M).nan_to_num()).argmax(1), test_y),
         "norm_spread": float(norm.std(correction=0) / norm.mean().clamp_min(1e-12)),
         "within_cosine": float(F.cosine_similarity(test_h.double(), M[test_y], dim=1).mean()),
     }
     if args.task == "overlap":
-        wrong = common.logits(test_h, W, head.bias).argmax(1) != test_y
-        near = [1 - overlap(test_h, test_y) < tau for tau in TAUS]
+        wrong = head(test_h).argmax(1) != test_y
+        gap = 1 - overlap(test_h, test_y)
+        near = [gap < tau for tau in TAUS]
         result["near_shares"] = [float(some.double().mean()) for some in near]
-        result["near_errors"] = [
-            float(wrong[some].double().mean()) for some in near
-        ]  # nan where none is near
+        result["near_errors"] = [float(wrong[some].double().mean()) for some in near]  # of these; nan of none
         result["near"] = result["near_shares"][2]  # tau = 0.01
-        result["near_wrong"] = result["near_errors"][2]
     return result
 
 
 def measure_prototypes(args: argparse.Namespace, run: common.Run, model: nn.ModuleDict, data: common.Dataset):
-    """Accuracy with 1 and 5 shots, test and training classes; writes features.npz, which has no W."""
+    """Accuracy with 1 and 5 shots, of test and training classes; writes features.npz, which has no W."""
     metric = run.name.partition("+")[0]
-    result = {}
+    result = {"chance": 1 / WAY}
     features = {}
     for split, (x, y) in split_by_class(args, data).items():
         h = embed(model, x, data, run)
@@ -828,13 +705,9 @@ def measure_prototypes(args: argparse.Namespace, run: common.Run, model: nn.Modu
     return result
 
 
-# %%
 @torch.no_grad()
-def word_vectors(encoder: nn.Module, words: list[Piece], contexts: int, data: Language, run: common.Run):
-    """Vectors (n, d) of n words: last hidden states, and input embeddings.
-
-    Means over a word's tokens in the first so many sentences that have it, or where it stands alone.
-    """
+def word_vectors(encoder: nn.Module, words: list[tuple], contexts: int, data: Language, run: common.Run):
+    """Hidden states and input embeddings of n words, (n, d) each: means over sentences, or of it alone."""
     encoder.eval()
     states = []
     inputs = []
@@ -850,24 +723,18 @@ def word_vectors(encoder: nn.Module, words: list[Piece], contexts: int, data: La
 
 def measure_analogies(args: argparse.Namespace, run: common.Run, encoder: nn.Module, data: Language) -> dict:
     """Shares of questions that are answered right."""
-    words = sorted({word for _, four in data.questions for word in four})
+    words = sorted({word for four in data.questions for word in four})
     number = {word: i for i, word in enumerate(words)}
-    questions = torch.tensor([[number[word] for word in four] for _, four in data.questions])  # (Q, 4)
-    sections = sorted({section for section, _ in data.questions})
-    section = torch.tensor([sections.index(name) for name, _ in data.questions])  # (Q,)
-    # Wrong choices are answers to others of the section, or any words where these are too few
-    answers = torch.zeros(len(sections), len(words))
-    answers[section, questions[:, 3]] = 1
-    lots = torch.rand(len(questions), len(words), generator=torch.Generator().manual_seed(0))
-    wrong = (lots + answers[section]).scatter(1, questions, -1).topk(3).indices  # (Q, 3)
+    questions = torch.tensor([[number[word] for word in four] for four in data.questions])  # (Q, 4)
     states, inputs = word_vectors(encoder, words, args.contexts, data, run)
-    offset, choice = answer_analogies(states, questions, wrong)
-    by_input, _ = answer_analogies(inputs, questions, wrong)
-    right = {"offset": offset, "inputs": by_input, "choice": choice}
-    shares = {name: float(answered.double().mean()) for name, answered in right.items()}
-    return {**shares, "chance": 1 / (len(words) - 3)}
+    return {
+        "offset": float(answer_analogies(states, questions).double().mean()),
+        "inputs": float(answer_analogies(inputs, questions).double().mean()),
+        "chance": 1 / (len(words) - 3),
+    }
 
 
+BARS = {"fewshot": {"1 shot": "accuracy_1shot", "5 shots": "accuracy"}, "analogy": {"3CosAdd": "offset"}}
 COLUMNS = {  # entry of result.json: title, unit, what it is
     "accuracy": ("accuracy", "%", "of the test images after the last epoch, or of queries with 5 shots"),
     "train_accuracy": ("train", "%", "the same of the training images (10,000 at most), or classes"),
@@ -876,69 +743,55 @@ COLUMNS = {  # entry of result.json: title, unit, what it is
     "norm_spread": ("norm spread", "%", "std / mean of the test features' lengths; 0 on a sphere"),
     "within_cosine": ("within cos", "", "mean cosine of a test feature and the mean of its class"),
     "near": ("near", "%", "of the test samples with 1 - cosine < 0.01 to one of another class"),
-    "near_wrong": ("near wrong", "%", "misclassified among these"),
     "accuracy_1shot": ("1-shot", "%", "of queries with one labelled image per class"),
     "offset": ("3CosAdd", "%", "of the questions whose d is the word nearest to b - a + c"),
     "inputs": ("inputs", "%", "3CosAdd of the same model's input embeddings"),
-    "chance": ("chance", "%", "3CosAdd by chance: one of the questions' words but a, b and c"),
-    "choice": ("choice", "%", "whose d - c is nearer to b - a than with three wrong d; by chance 25%"),
+    "chance": ("chance", "%", "by chance: one of five classes, or of the questions' words but a, b and c"),
 }
-
-
-def by_method(runs: list[common.Run], key: str) -> dict[str, list]:
-    """{method: this entry of its seeds' results, in %}."""
-    values = {}
-    for run in runs:
-        values.setdefault(run.name, []).append(100 * np.array(run.finished[key]))
-    return values
 
 
 def draw_figures(folder: Path, runs: list[common.Run]) -> None:
     """The one figure of a task: means over seeds, or the first seed's features of three dimensions."""
     task = folder.parent.name
     style = common.styles(METHODS[task])
+    results = {}  # {method: its seeds' results}
+    for run in runs:
+        results.setdefault(run.name, []).append(run.finished)
     if task == "overlap":
-        points = {name: (TAUS, np.mean(near, 0)) for name, near in by_method(runs, "near_shares").items()}
-        axes = {"xlabel": "tau = 1 - cosine", "ylabel": "test samples near another class (%)"}
-        common.curves(folder / "overlap.png", points, style, xscale="log", **axes)
-    elif task == "fewshot":
-        keys = {"1 shot": "accuracy_1shot", "5 shots": "accuracy"}
-        axes = {"ylabel": "test accuracy (%), from chance on", "ylim": (100 / WAY, None)}
-        draw_bars(folder / "fewshot.png", runs, keys, style, **axes)
-    elif task == "analogy":
-        draw_bars(folder / "analogy.png", runs, {"3CosAdd": "offset"}, style, ylabel="answered right (%)")
-    elif any(run.name.endswith("-3d") for run in runs):
+        near = {name: np.mean([seed["near_shares"] for seed in some], 0) for name, some in results.items()}
+        axes = {
+            "xlabel": "tau = 1 - cosine",
+            "ylabel": "test samples near another class (%)",
+            "xscale": "log",
+        }
+        common.curves(
+            folder / "overlap.png", {name: (TAUS, 100 * y) for name, y in near.items()}, style, **axes
+        )
+    elif task in BARS:
+        bars = {}
+        for name, seeds in results.items():
+            values = {title: [100 * seed[key] for seed in seeds] for title, key in BARS[task].items()}
+            label = f"{name}  {',  '.join(common.mean_std(of, 1) for of in values.values())}"
+            bars[label] = values
+            style[label] = style[name]
+        axes = {"ylabel": "answered right (%), from chance on", "ylim": (100 * seeds[0]["chance"], None)}
+        common.bars(folder / f"{task}.png", bars, style, **axes)
+    elif any(name.endswith("-3d") for name in results):
         draw_octant(folder / "octant.png", runs)
-
-
-def draw_bars(path: Path, runs: list[common.Run], keys: dict[str, str], style: dict, **axes) -> None:
-    """A bar per method and entry of result.json; the values stand in the legend."""
-    values = {title: by_method(runs, key) for title, key in keys.items()}
-    bars = {}
-    look = {}
-    for name in dict.fromkeys(run.name for run in runs):
-        of_name = {title: of_all[name] for title, of_all in values.items()}
-        label = f"{name}  {',  '.join(common.mean_std(some, 1) for some in of_name.values())}"
-        bars[label] = of_name
-        look[label] = style[name]
-    common.bars(path, bars, look, **axes)
 
 
 def draw_octant(path: Path, runs: list[common.Run]) -> None:
     """Test features of three dimensions, first seed, each its class's number, and the sphere's octant."""
-    from matplotlib.figure import Figure
-
-    names = sorted({run.name for run in runs if run.name.endswith("-3d")})
-    figure = Figure(figsize=(6 * len(names), 6), layout="constrained")
-    arc = np.linspace(0, np.pi / 2, 50)
-    for i, name in enumerate(names):
-        run = next(run for run in runs if run.name == name)
+    first = {run.name: run for run in reversed(runs) if run.name.endswith("-3d")}
+    figure = Figure(figsize=(6 * len(first), 6), layout="constrained")
+    for i, (name, run) in enumerate(sorted(first.items())):
         features = run.load_features()
-        plot = figure.add_subplot(1, len(names), i + 1, projection="3d")
+        plot = figure.add_subplot(1, len(first), i + 1, projection="3d")
         for k in np.unique(features["test_y"]):
             some = features["test_h"][features["test_y"] == k][:30]
             plot.plot(*some.T, ls="", marker=f"${k}$", color=f"C{k % 10}", markersize=9, mew=0.3)
         if name == "sphere-3d":
+            arc = np.linspace(0, np.pi / 2, 50)
             quarter = run.config["flags"]["radius"] * np.array([np.cos(arc), np.sin(arc), 0 * arc])
             for axis in range(3):
                 plot.plot(*np.roll(quarter, axis, 0), color="0.6")
@@ -950,13 +803,22 @@ def draw_octant(path: Path, runs: list[common.Run]) -> None:
 
 # %% [markdown]
 # # 6. Command line
-
 # %%
-TASKS = {  # networks, building and training
-    "retain": (("mlp", "lenet"), build_classifier, train_classifier),
-    "overlap": (("mlp", "lenet"), build_classifier, train_classifier),
-    "fewshot": (("conv4",), build_embedding, train_prototypes),
-    "analogy": (("encoder",), build_encoder, train_encoder),
+def prepare_images(args: argparse.Namespace) -> common.Dataset:
+    """The images of --dataset. Raises UserError."""
+    data = common.prepare_data(args, per_class=SHOTS + QUERIES if args.task == "fewshot" else 0)
+    if args.task == "fewshot":
+        split_by_class(args, data)  # fail early: are there classes and images enough?
+    elif common.split_name(args.dataset)[0] != "digits":  # as released: pixels 0 to 1
+        data = data._replace(mean=torch.zeros_like(data.mean), std=torch.ones_like(data.std))
+    return data
+
+
+TASKS = {  # networks; how data, model and run are made
+    "retain": (("mlp", "lenet"), prepare_images, build_classifier, train_images),
+    "overlap": (("mlp", "lenet"), prepare_images, build_classifier, train_images),
+    "fewshot": (("conv4",), prepare_images, build_embedding, train_images),
+    "analogy": (("encoder",), prepare_language, build_encoder, train_encoder),
 }
 
 
@@ -966,9 +828,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for flag in ("--task", "--net", "--model"):  # methods and defaults depend on these
         first.add_argument(flag, nargs="?")
     given = first.parse_known_args(argv)[0]
-    task = given.task if given.task in TASKS else "retain"  # invalid values are reported below
+    task = given.task if given.task in TASKS else "retain"  # what is invalid is reported below
     nets = TASKS[task][0]
     net = given.net if given.net in nets else nets[0]
+    recipe = "pretrained" if task == "analogy" and given.model else net
+    recipes = {"": RECIPES[recipe], "digits": RECIPES.get(f"{recipe} digits", {})}
 
     flags = common.Flags("spherization", __doc__)
     add = flags.add_argument
@@ -978,43 +842,26 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--scale", type=common.positive, default=5.0, help="s at the start; 1 for three dimensions")
     add("--episodes", type=common.at_least(1), default=100, help="fewshot: of an epoch")
     add("--test-episodes", type=common.at_least(2), default=2000, help="fewshot: of the test")
-    add("--model", help="analogy: name at Hugging Face, or folder, of an encoder (default: a small one)")
+    add("--model", help="analogy: an encoder's name or folder, for transformers (default: a small one)")
     add("--text", type=common.a_path, help="analogy: sentences, one per line (default: a small language)")
     add("--analogies", type=common.a_path, help="analogy: questions, as in questions-words.txt")
     add("--contexts", type=common.at_least(0), default=4, help="analogy: sentences for a word's vector")
-    kind = "pretrained" if task == "analogy" and given.model else net
-    recipes = {"": RECIPES[kind], "digits": RECIPES.get(f"{kind} digits", {})}
     args = flags.parse(argv, METHODS[task], list(METHODS[task]), recipes, eval_every=5)
-
     files = [args.model, args.text, args.analogies]
     if any(files) and not (all(files) and task == "analogy"):
         raise common.UserError("--model, --text and --analogies: all three go together, with --task analogy")
     if task == "analogy" and args.dataset != "digits":
         raise common.UserError(f"--dataset {args.dataset}: --task analogy has --text instead")
-    episode = WAY * (SHOTS + QUERIES)
-    if task == "fewshot" and args.batch_size != episode:
-        raise common.UserError(f"--batch-size {args.batch_size}: an episode has {episode} images")
+    if task == "fewshot" and args.batch_size != WAY * (SHOTS + QUERIES):
+        raise common.UserError(f"--batch-size {args.batch_size}: an episode has 100 images")
     if args.dry_run:
         args.episodes = 2
         args.test_episodes = 20
-    data = args.folder.name
+    names = [args.folder.name, net]
     if task == "analogy":
-        data = args.text.stem if args.text else "language"
-        net = Path(args.model).name if args.model else net
-    args.folder = args.folder.parent / task / f"{data}-{net}"
+        names = [args.text.stem, Path(args.model).name] if args.model else ["language", net]
+    args.folder = args.folder.parent / task / "-".join(names)
     return args
-
-
-def prepare(args: argparse.Namespace) -> common.Dataset | Language:
-    """The data of the task. Raises UserError."""
-    if args.task == "analogy":
-        return prepare_language(args)
-    data = common.prepare_data(args, per_class=SHOTS + QUERIES if args.task == "fewshot" else 0)
-    if args.task == "fewshot":
-        split_by_class(args, data)  # fail early: are there classes and images enough?
-    elif common.split_name(args.dataset)[0] != "digits":  # as released: pixels 0 to 1
-        data = data._replace(mean=torch.zeros_like(data.mean), std=torch.ones_like(data.std))
-    return data
 
 
 @common.own_torch_settings()
@@ -1023,11 +870,10 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
     if args.synthetic:
         return check_theory(args.out / "spherization" / "synthetic")
-    _, build, train = TASKS[args.task]
+    _, prepare, build, train = TASKS[args.task]
     data = prepare(args)
     for name in args.method:  # fail early: build every model first
-        model = build(args, name, data)
-        print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters")
+        build(args, name, data)
     for run in common.runs(args, data):
         run.finish(train(args, run, data))
     runs = common.finished_runs(args, data)
