@@ -677,9 +677,8 @@ def measure_classifier(args: argparse.Namespace, run: common.Run, model: nn.Modu
     if args.task == "overlap":
         wrong = head(test_h).argmax(1) != test_y
         gap = 1 - overlap(test_h, test_y)
-        near = [gap < tau for tau in TAUS]
-        result["near_shares"] = [float(some.double().mean()) for some in near]
-        result["near_errors"] = [float(wrong[some].double().mean()) for some in near]  # of these; nan of none
+        result["near_shares"] = [float((gap < tau).double().mean()) for tau in TAUS]
+        result["near_errors"] = [float(wrong[gap < tau].double().mean()) for tau in TAUS]  # share of these
         result["near"] = result["near_shares"][2]  # tau = 0.01
     return result
 
@@ -758,15 +757,11 @@ def draw_figures(folder: Path, runs: list[common.Run]) -> None:
     for run in runs:
         results.setdefault(run.name, []).append(run.finished)
     if task == "overlap":
-        near = {name: np.mean([seed["near_shares"] for seed in some], 0) for name, some in results.items()}
-        axes = {
-            "xlabel": "tau = 1 - cosine",
-            "ylabel": "test samples near another class (%)",
-            "xscale": "log",
-        }
-        common.curves(
-            folder / "overlap.png", {name: (TAUS, 100 * y) for name, y in near.items()}, style, **axes
-        )
+        points = {}
+        for name, seeds in results.items():
+            points[name] = (TAUS, 100 * np.mean([seed["near_shares"] for seed in seeds], 0))
+        axes = {"xlabel": "tau = 1 - cosine", "ylabel": "test samples near another class (%)"}
+        common.curves(folder / "overlap.png", points, style, xscale="log", **axes)
     elif task in BARS:
         bars = {}
         for name, seeds in results.items():
@@ -792,7 +787,7 @@ def draw_octant(path: Path, runs: list[common.Run]) -> None:
             plot.plot(*some.T, ls="", marker=f"${k}$", color=f"C{k % 10}", markersize=9, mew=0.3)
         if name == "sphere-3d":
             arc = np.linspace(0, np.pi / 2, 50)
-            quarter = run.config["flags"]["radius"] * np.array([np.cos(arc), np.sin(arc), 0 * arc])
+            quarter = np.linalg.norm(some[0]) * np.array([np.cos(arc), np.sin(arc), 0 * arc])
             for axis in range(3):
                 plot.plot(*np.roll(quarter, axis, 0), color="0.6")
         plot.set(title=name, xlabel="$x_1$", ylabel="$x_2$", zlabel="$x_3$")
@@ -833,7 +828,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     net = given.net if given.net in nets else nets[0]
     recipe = "pretrained" if task == "analogy" and given.model else net
     recipes = {"": RECIPES[recipe], "digits": RECIPES.get(f"{recipe} digits", {})}
-
     flags = common.Flags("spherization", __doc__)
     add = flags.add_argument
     add("--task", choices=list(TASKS), default=task, help="what is compared; each has its own --help")
