@@ -32,7 +32,6 @@ WHERE PAPER, CODE AND THIS FILE DIFFER.
 - The released masked DER++ stores logits computed anew after the step; ours are those of the step itself.
 - lr and DER++'s weights are the released ones of split MNIST, CIFAR-10 and CIFAR-100, for every classifier
   and mask; other data have those of CIFAR-10.
-- All numbers are those after the last epoch of the last task; a best epoch would mean nothing here.
 """
 
 # %% [markdown]
@@ -220,16 +219,12 @@ def toy_stream(kind: str, mask: bool, steps: int = 200) -> list[float]:
 
 
 # %%
-CLASSIFIERS = ["learnable", "fno"]
 ARMS = ["learnable", "learnable + mask", "fno", "fno + mask"]
-STYLE = common.styles(ARMS)
+STYLE = {**common.styles(ARMS), "joint": {"color": "black"}}
 
 
-def check_theory(folder: Path) -> dict:
-    """Print eight claims, each against direct optimisation; draw synthetic.png."""
-    K = 10
-    d = 64
-    E_H = 25
+def check_theory(folder: Path, K: int = 10, d: int = 64, E_H: float = 25) -> dict:
+    """Print seven claims, each against direct optimisation; draw synthetic.png."""
     generator = torch.Generator().manual_seed(0)
     claims = common.Claims()
     Q = fno_classifier(K, d, generator)  # E_W = 1
@@ -242,15 +237,12 @@ def check_theory(folder: Path) -> dict:
     claims.equal("The least cross-entropy, log(1+(K-1)exp(-sqrt(E_H E_W)))", least, loss, 1e-12)
     error = (H - E_H**0.5 * Q[y]).abs().max().item()
     claims.equal("   is where h = sqrt(E_H/E_W) q_k, under imbalance too: error", 0, error, 1e-9)
-    M = common.class_sums(H, y, K)
-    largest = common.zero_mean_metrics(M.mean)["znc_max_cosine"]
+    largest = common.zero_mean_metrics(common.class_means(H, y, K))["znc_max_cosine"]
     claims.equal("ZNC: class means are orthogonal about the origin, cosine", 0, largest, 1e-7)
-    floor = 2 * (1 - math.sqrt(1 - 1 / K))
-    nc3 = common.self_duality(Q, M.centred)
-    claims.equal("   but not aligned to Q about their mean: 2(1 - sqrt(1 - 1/K))", floor, nc3, 1e-7)
     H = peeled_features(Q, torch.arange(K), E_H, False)
+    theory = math.sqrt(1 - 1 / K)
     cosine = (F.normalize(H) * Q).sum(1).min().item()
-    claims.equal("Without h >= 0 features leave q_k: cos = sqrt(1 - 1/K)", math.sqrt(1 - 1 / K), cosine, 1e-7)
+    claims.equal("Without h >= 0 features leave q_k: cos = sqrt(1 - 1/K)", theory, cosine, 1e-7)
 
     # Masked softmax and FNO: the gradient of a feature stays in its task's dimensions
     task = common.split_tasks(K, 5)
@@ -281,7 +273,8 @@ def check_theory(folder: Path) -> dict:
 # %%
 def mlp(pixels: int) -> nn.Module:
     """Two hidden layers of 100 ReLU units, the network of split MNIST: (B, C, H, W) -> (B, 100)."""
-    network = nn.Sequential(nn.Flatten(), nn.Linear(pixels, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU())
+    layers = [nn.Flatten(), nn.Linear(pixels, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU()]
+    network = nn.Sequential(*layers)
     network.d = 100
     return network
 
@@ -421,8 +414,7 @@ def list_jobs(args: argparse.Namespace) -> dict[str, dict]:
     for method, buffer, kind, mask in itertools.product(args.method, args.buffer, args.classifier, masks):
         if method in ("sgd", "joint"):
             buffer = 0
-        if method == "joint":  # no task to mask
-            mask = False
+        mask = mask and method != "joint"  # which has no tasks
         name = f"{method}{buffer or ''}-{kind}{'-mask' if mask else ''}"
         lr, alpha, beta, replay = released_setting(args.dataset, method, buffer)
         job = {"method": method, "classifier": kind, "mask": mask, "buffer": buffer, "lr": args.lr or lr}
@@ -472,10 +464,12 @@ def train(args: argparse.Namespace, run: common.Run, data: common.Dataset) -> di
             z = forward(x)
             loss = masked_ce(z, y, keep)
             if job.method == "der++" and len(memory):
-                index, stored = memory.draw(job.replay_batch)
-                loss = loss + job.alpha * F.mse_loss(forward(views.load(index, generator)), stored)
+                index, z_1 = memory.draw(job.replay_batch)
+                x_1 = views.load(index, generator)
+                loss = loss + job.alpha * F.mse_loss(forward(x_1), z_1)
                 index, _ = memory.draw(job.replay_batch)
-                loss = loss + job.beta * F.cross_entropy(forward(views.load(index, generator)), labels[index])
+                x_2 = views.load(index, generator)
+                loss = loss + job.beta * F.cross_entropy(forward(x_2), labels[index])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -488,8 +482,7 @@ def train(args: argparse.Namespace, run: common.Run, data: common.Dataset) -> di
 
 
 # %% [markdown]
-# # 5. Results
-# Accuracies are those of *class-IL* (all classes compete) and *task-IL* (only those of the image's own task).
+# # 5. Results: accuracies by *class-IL*, all classes compete, and *task-IL*, those of the own task do
 
 
 # %%
@@ -520,10 +513,7 @@ def test(model: nn.ModuleDict, mask: bool, data: common.Dataset, present: Tensor
 
 
 def own_energy(h: Tensor, y: Tensor, owner: Tensor, K: int) -> float:
-    """Share of ||h||^2 that lies in the dimensions of the feature's class, mean over classes.
-
-    h (N, d), y (N,); owner (d,): the class of a dimension, which is that of the largest w_kj.
-    """
+    """Mean share of ||h||^2 in its class's dimensions. h (N, d), y (N,); owner (d,): class of the largest w."""
     h2 = h.double().square()
     own = (h2 * (owner == y[:, None])).sum(1) / h2.sum(1).clamp_min(1e-300)  # of a zero feature: 0
     return float(common.class_means(own[:, None], y, K).nanmean())
@@ -571,29 +561,32 @@ def measure(model: nn.ModuleDict, data: common.Dataset, run: common.Run) -> dict
 # %%
 COLUMNS = {  # entry of result.json: title, unit, what it is
     "class_il": ("class-IL", "%", "of the test images after the last task, all classes compete"),
-    "task_il": ("task-IL", "%", "the same, where only the classes of the image's own task compete"),
-    "forgetting": ("forgetting", "%", "the fall of a task's class-IL from its best; all tasks but the last"),
-    "fit": ("fit", "%", "of a task's training images when it was learned, by what its softmax ran over"),
-    "own_energy": ("own energy", "%", "of a test feature's squared norm lie in the dimensions of its class"),
-    "old_cosine_W": ("old cos W", "", "mean cosine of past tasks' class vectors; 1: they have collapsed"),
-    "znc_alignment": ("ZNC3", "", "distance of the class means from the class vectors, about the origin"),
+    "task_il": ("task-IL", "%", "the same, where only the image's own task competes"),
+    "forgetting": ("forgetting", "%", "fall of a task's class-IL from its best; without the last task"),
+    "fit": ("fit", "%", "of a task's training images at its end, within its softmax"),
+    "own_energy": ("own energy", "%", "of a test feature's squared norm lie in its class's dimensions"),
+    "old_cosine_W": ("old cos W", "", "mean cosine of past tasks' class vectors; 1: collapsed"),
+    "znc_alignment": ("ZNC3", "", "distance of class means from class vectors, about the origin"),
     "nc3": ("NC3", "", "the same about their own mean"),
 }
-ROWS = "learnable, fno: trained class vectors, or Fixed Non-negative Orthogonal ones; -mask: softmax masking"
 
 
 def draw_figures(folder: Path, runs: list[common.Run]) -> None:
     """class_il.png, bars of the learners; forgetting.png, maps of the streams. Means over seeds."""
-    class_il = {arm: {} for arm in ARMS}  # {"fno + mask": {"er, buffer 50": class-IL of every seed}}
+    class_il = {bar: {} for bar in (*ARMS[:2], "joint", *ARMS[2:])}  # {bar: {learner: of every seed}}
     streams = {}
     for run in runs:
         job = run.config["job"]
         learner = f"{job['method']}, buffer {job['buffer']}" if job["buffer"] else job["method"]
-        arm = f"{job['classifier']} + mask" if job["mask"] else job["classifier"]
-        class_il[arm].setdefault(learner, []).append(100 * run.finished["class_il"])
-        if job["method"] != "joint":  # which has no past
-            streams.setdefault(run.name, []).append(100 * np.array(run.finished["matrix_class_il"]))
-    class_il = {arm: groups for arm, groups in class_il.items() if groups}
+        bar = f"{job['classifier']} + mask" if job["mask"] else job["classifier"]
+        if job["method"] == "joint":
+            learner = f"joint, {bar}"
+            bar = "joint"
+        else:  # joint training has no past
+            R = 100 * np.array(run.finished["matrix_class_il"])
+            streams.setdefault(f"{learner}\n{bar}", []).append(R)
+        class_il[bar].setdefault(learner, []).append(100 * run.finished["class_il"])
+    class_il = {bar: groups for bar, groups in class_il.items() if groups}
     common.bars(folder / "class_il.png", class_il, STYLE, ylabel="class-IL accuracy (%)", ylim=(0, 100))
     if streams:
         T = runs[0].config["flags"]["tasks"]
@@ -614,27 +607,28 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, with every default filled in. Raises UserError."""
     flags = common.Flags("fno_continual", __doc__)
     add = flags.add_argument
+    kinds = ["learnable", "fno"]
     switch = argparse.BooleanOptionalAction
-    add("--classifier", nargs="+", default=CLASSIFIERS, choices=CLASSIFIERS, help="fno: needs d >= K")
-    add("--mask", action=switch, help="softmax of new images over their own task; neither flag: both ways")
+    add("--classifier", nargs="+", default=kinds, choices=kinds, help="fno: needs d >= K")
+    add("--mask", action=switch, help="softmax of new images over their task; else both ways")
     add("--buffer", type=common.at_least(2), nargs="+", help="images kept, one or more sizes")
     add("--tasks", type=common.at_least(1), help="number of tasks")
     add("--bias", action=switch, default=True, help="of the learnable classifier")
     add("--net", choices=["mlp", "cnn", "resnet18"], help="features behind a ReLU; mlp: split MNIST's")
-    add("--per-class", type=common.at_least(2), help="training images of each class, for a shorter run")
+    add("--per-class", type=common.at_least(2), help="training images of each class; else all")
     args = flags.parse(argv, METHODS, ["sgd", "er", "joint"], RECIPES, eval_every=None)
-    if args.batch_size < 3:  # else a batch may be a single image, which has no variance for BatchNorm
+    if args.batch_size < 3:  # BatchNorm: one image has no variance
         raise common.UserError(f"--batch-size {args.batch_size}: expected 3 or more")
     if args.dry_run:
         args.epochs = 2  # of one step each, so that the second one replays
-    args.eval_every = args.eval_every or args.epochs  # a stream is tested at the end of each task at least
+    args.eval_every = args.eval_every or args.epochs  # each task's end is tested
     return args
 
 
 def select_images(args: argparse.Namespace, data: common.Dataset) -> common.Dataset:
     """The training images of --per-class, as the network gets them. UserError if they make no stream."""
     if args.per_class:
-        chosen = common.keep_per_class(data.train_y, args.per_class)  # the same images for every seed
+        chosen = common.keep_per_class(data.train_y, args.per_class)  # whatever the seed
         data = common.keep(data, chosen)
     if args.net == "mlp":  # pixels in [0, 1], as released for split MNIST
         data = data._replace(mean=torch.zeros_like(data.mean), std=torch.ones_like(data.std))
@@ -643,11 +637,11 @@ def select_images(args: argparse.Namespace, data: common.Dataset) -> common.Data
     task = common.split_tasks(len(data.classes), args.tasks)
     images = torch.bincount(task[data.train_y], minlength=args.tasks)
     if images.min() < 2:  # BatchNorm needs two
-        wrong = f"task {images.argmin() + 1} has {images.min()} training images, expected 2 or more"
-        raise common.UserError(f"--tasks {args.tasks}: {wrong}")
+        raise common.UserError(
+            f"--tasks {args.tasks}: task {images.argmin() + 1} has under 2 training images"
+        )
     if args.mask is not False and set(args.method) != {"joint"} and torch.bincount(task).min() < 2:
-        wrong = "a task has one class, and a softmax over one class has no gradient"
-        raise common.UserError(f"--mask: {wrong}; choose fewer --tasks, or --no-mask")
+        raise common.UserError("--mask: one class in a task, nothing to compete; fewer --tasks or --no-mask")
     return data
 
 
@@ -665,7 +659,7 @@ def main(argv: list[str] | None = None) -> dict:
         run.finish(train(args, run, data))
     runs = common.finished_runs(args, data, jobs)
     common.print_table(runs, COLUMNS, {})
-    print(ROWS)
+    print("learnable, fno: the class vectors; -mask: softmax masking")
     draw_figures(args.folder, runs)
     return {"results": [run.finished for run in runs], "folder": str(args.folder)}
 
