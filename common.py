@@ -24,6 +24,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -36,6 +37,7 @@ import filelock
 import numpy as np
 import torch
 import torch.distributed as dist
+from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -170,7 +172,7 @@ def _read_named(name: str, data_dir: Path) -> dict:
         raise UserError(f"{where}: cannot be read ({reason}); {remedy}") from error
     try:
         if not kept:
-            write_atomically(cache, lambda part: np.savez(part, **arrays), shared=True)
+            write_atomically(cache, lambda part: np.savez(part, **arrays))
     except UserError as error:  # a shared folder may be read-only
         reason = str(error).rpartition(";")[0]
         print(f"{reason}; the images were read, but nothing is kept", file=sys.stderr)
@@ -874,23 +876,20 @@ class Claims:
         torch.set_num_threads(1)  # on small matrices more threads are slower
         print(f"{'claim':<66}{'theory':>9}{'measured':>10}{'error':>9}{'tolerance':>10}  ok")
 
-    def equal(self, claim: str, theory: float, measured: float, tolerance: float) -> None:
-        """Holds where |measured - theory| <= tolerance."""
-        self._line(claim, theory, measured, abs(measured - theory), tolerance)
+    def equal(self, claim: str, theory: float, measured: float, tolerance: float, error=None) -> None:
+        """Holds where the error, |measured - theory| if not given, is at most the tolerance."""
+        error = abs(measured - theory) if error is None else error
+        self.passed.append(math.isfinite(measured) and error <= tolerance)
+        numbers = f"{theory:>9.4f}{measured:>10.4f}{error:>9.1e}{tolerance:>10.1e}"
+        print(f"{claim:<66}{numbers}  {'yes' if self.passed[-1] else 'NO'}")
 
     def at_most(self, claim: str, bound: float, measured: float, tolerance: float = 0.0) -> None:
         """Holds where measured <= bound + tolerance."""
-        self._line(claim + ", at most", bound, measured, max(measured - bound, 0.0), tolerance)
+        self.equal(f"{claim}, at most", bound, measured, tolerance, max(measured - bound, 0.0))
 
     def at_least(self, claim: str, bound: float, measured: float, tolerance: float = 0.0) -> None:
         """Holds where measured >= bound - tolerance."""
-        self._line(claim + ", at least", bound, measured, max(bound - measured, 0.0), tolerance)
-
-    def _line(self, claim: str, theory: float, measured: float, error: float, tolerance: float) -> None:
-        ok = bool(error <= tolerance) and math.isfinite(measured)  # nan is no success
-        self.passed.append(ok)
-        numbers = f"{theory:>9.4f}{measured:>10.4f}{error:>9.1e}{tolerance:>10.1e}"
-        print(f"{claim:<66}{numbers}  {'yes' if ok else 'NO'}")
+        self.equal(f"{claim}, at least", bound, measured, tolerance, max(bound - measured, 0.0))
 
     def report(self, figure: Path) -> dict:
         """Print the summary; {"ok": whether all claims hold, ...}, what a script's main returns."""
@@ -899,10 +898,7 @@ class Claims:
 
 
 def minimise(loss, *start: Tensor, steps: int = 200) -> list[Tensor]:
-    """The tensors at which loss(*tensors) is least: full-batch L-BFGS with a strong Wolfe line search.
-
-    start: the tensors to begin with, of any shapes; the result has the same shapes.
-    """
+    """The tensors, of the shapes of start, at which loss(*tensors) is least: full-batch L-BFGS from start."""
     x = [s.clone().requires_grad_() for s in start]
     # stop on the gradient alone: near a threshold the loss is flat long before the solution is right
     limits = {"max_iter": steps, "history_size": 20, "tolerance_grad": 1e-9, "tolerance_change": 0}
@@ -919,22 +915,16 @@ def minimise(loss, *start: Tensor, steps: int = 200) -> list[Tensor]:
 
 
 def locate(holds, inside: float, outside: float, steps: int = 4) -> float:
-    """The edge of the region in which holds(x) is true, by bisection of log x between inside and outside.
-
-    Each step halves the error: it is at most a factor (outside / inside) ** (1 / 2 ** (steps + 1)).
-    """
-    for _ in range(steps):
+    """The edge of where holds(x) is true, right to a factor (outside / inside) ** (2 ** -(steps + 1))."""
+    for _ in range(steps):  # bisection of log x
         middle = math.sqrt(inside * outside)
-        if holds(middle):
-            inside = middle
-        else:
-            outside = middle
+        inside, outside = (middle, outside) if holds(middle) else (inside, middle)
     return math.sqrt(inside * outside)
 
 
 # %% -------------------------------------------------------------------------------------------------- Run
 # Several GPUs: torchrun starts one process (a rank) per GPU. Every rank draws the whole epoch from the same
-# generator and trains on its own slice of each batch. Rank 0 alone tests, prints and writes.
+# generator and trains on its slice of each batch; rank 0 alone tests, prints and writes.
 
 
 def ranks() -> tuple[int, int]:
@@ -964,10 +954,9 @@ def first_rank_first() -> Iterator[None]:
         dist.barrier()
 
 
-# Flags. argparse types do the checking.
-
-
 def _number(kind: type, holds, expected: str):
+    """argparse type: an int or a float for which holds(value)."""
+
     def number(text: str):
         value = kind(text)
         if not holds(value):
@@ -1000,10 +989,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 
 
 class Flags(argparse.ArgumentParser):
-    """The command line of a script: add the chapter's own flags, then `parse` adds the shared ones.
-
-    script: its name without .py. about: its docstring, whose first line is shown.
-    """
+    """The command line of a script, given its name and docstring: add its flags, `parse` adds the rest."""
 
     def __init__(self, script: str, about: str | None):
         title = (about or "").partition("\n")[0]  # None under python -OO
@@ -1019,13 +1005,13 @@ class Flags(argparse.ArgumentParser):
         """The flags, with `folder`: OUT/SCRIPT/DATASET. Raises UserError.
 
         methods: {name: what it is}. usual: those without --method. recipes: {data set: {flag: default}}, ""
-        for all; --dataset is read first. defaults: of shared flags, the same for all data sets.
+        for all. defaults: of shared flags, the same for all data sets.
         """
         own = set(vars(self.parse_args([])))  # the chapter's flags, of which none is required
         self._add_shared([*methods, "all"])
         self.epilog = "\n".join(["methods:", *(f"  {name:<18}{what}" for name, what in methods.items())])
         self.set_defaults(method=usual, **defaults)
-        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # other defaults hang on it
         first.add_argument("--dataset", nargs="?", default=self.get_default("dataset"))
         base = str(first.parse_known_args(argv)[0].dataset).partition(":")[0].removesuffix("lt")
         self.set_defaults(**recipes[""] | recipes.get(base, {}))
@@ -1037,7 +1023,7 @@ class Flags(argparse.ArgumentParser):
         if ranks()[1] > 1 and self.script not in ("bmls_msclf", "etf_dr"):
             raise UserError(f"torchrun: {self.script}.py is for one process; bmls_msclf.py and etf_dr.py go")
         args.script = self.script
-        args.compared = sorted(own | COMPARED)
+        args.compared = own | COMPARED
         args.method = list(methods) if "all" in args.method else list(dict.fromkeys(args.method))
         args.seed = list(dict.fromkeys(args.seed))
         if args.dry_run:
@@ -1060,7 +1046,7 @@ class Flags(argparse.ArgumentParser):
         add("--method", nargs="+", choices=names, metavar="M", help="one or more, or all; see below")
         add("--seed", type=at_least(0), nargs="+", default=[0], help="one or more; of weights and crops")
         add("--epochs", type=at_least(1), help="passes over the training images")
-        add("--batch-size", type=at_least(2), help="images per step")
+        add("--batch-size", type=at_least(1), help="images per step")
         add("--lr", type=positive, help="peak learning rate")
         add("--weight-decay", type=fraction, help="on all parameters")
         add("--eval-every", type=at_least(1), default=1, help="epochs from test to test; the last is tested")
@@ -1083,9 +1069,9 @@ def prepare_data(args: argparse.Namespace, per_class: int = 0) -> Dataset:
 
     per_class: so many images of each class stay in a dry run, where two batches have fewer.
     """
-    least = 2 * ranks()[1]  # BatchNorm needs two images in each process
+    least = 3 * ranks()[1]  # no batch holds a single image then, which has no variance for BatchNorm
     if args.batch_size < least:
-        raise UserError(f"--batch-size {args.batch_size}: for {ranks()[1]} processes, {least} or more")
+        raise UserError(f"--batch-size {args.batch_size}: expected {least} or more")
     args.device = join_ranks(pick_device(args.device))
     args.precision = pick_precision(args.precision, args.device)
     options = {key: getattr(args, key) for key in ("imbalance", "profile", "image_size", "test_share")}
@@ -1136,20 +1122,14 @@ def hardware(device: torch.device) -> str:
 
 def _git_commit(folder: Path) -> str:
     """The commit of the code that runs, with + where files differ from it; `unknown` outside a checkout."""
+    if not (folder / ".git").exists() or not shutil.which("git"):  # a copy inside another repository
+        return "unknown"
     describe = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
-    if not (folder / ".git").exists():  # nor in a copy inside another repository
-        return "unknown"
-    try:
-        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
+    return subprocess.run(describe, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
 def write_atomically(path: Path, write) -> None:
-    """write(part) fills a temporary file beside path, which is then renamed: path is whole or not there.
-
-    Raises UserError where it cannot be written (a full disk). Under torchrun only rank 0 writes.
-    """
+    """write(part) fills a temporary file, which is then renamed: path is whole or not there. UserError."""
     if ranks()[0]:
         return
     part = path.with_name(f".{path.name}.{os.getpid()}.part{path.suffix}")
@@ -1172,12 +1152,8 @@ def to_json(content, **layout) -> str:
 class Run:
     """One run folder, OUT/SCRIPT/DATASET/METHOD/seedS: what was run, how it went, and where to go on.
 
-        config.json     flags, data, commit, versions   source.py       the script as it was run
-        metrics.jsonl   one line per epoch              checkpoint.pt   tensors, numbers, generator states
-        features.npz    what nc_metrics.py reads        result.json     its presence: the run is finished
-
-    Run(folder) reads what is there: `config`, `history` (the lines), `finished` (the result, or None). To
-    train, take `runs`. Raises UserError for a file that cannot be read.
+    Run(folder) reads what is there: `config`, `history` (the lines of metrics.jsonl), `finished` (the result,
+    or None). To train, take `runs`. Raises UserError for a file that cannot be read.
     """
 
     FILES = ("result.json", "checkpoint.pt", "metrics.jsonl", "features.npz", "source.py", "config.json")
@@ -1187,8 +1163,8 @@ class Run:
         self.name = self.folder.parent.name
         self.config = self._read("config.json", json.loads)  # a flag that was not given stays None
         self.finished = self._read("result.json", json.loads)
-        lines = self._read("metrics.jsonl", lambda text: [json.loads(line) for line in text.splitlines()])
-        self.history = lines or []
+        lines = self._read("metrics.jsonl", str.splitlines) or []
+        self.history = [json.loads(line) for line in lines]
 
     def _read(self, file: str, parse, unpack=Path.read_text):
         """parse(unpack(path)) of one of the files, None where it is missing."""
@@ -1202,9 +1178,9 @@ class Run:
         write_atomically(self.folder / file, lambda part: part.write_text(text))
 
     @property
-    def fused(self) -> bool | None:
-        """For an optimiser: one kernel for all parameters on CUDA; elsewhere PyTorch chooses."""
-        return True if self.device.type == "cuda" else None
+    def fused(self) -> bool:
+        """For an optimiser: one kernel for all parameters, on CUDA."""
+        return self.device.type == "cuda"
 
     def autocast(self) -> torch.autocast:
         """bf16 inside the network, where --precision says so."""
@@ -1213,8 +1189,8 @@ class Run:
     def prepare(self, model: torch.nn.ModuleDict) -> list[torch.nn.Module]:
         """The model's parts as training calls them. Speed only: --compile, and torchrun's several GPUs.
 
-        Gradients are averaged over the ranks, exactly: every rank has an equal share of a batch. On CUDA
-        BatchNorm's statistics are those of the whole batch, on a CPU, which has no such layer, of the share.
+        Every rank has an equal share of a batch, so averaged gradients are exact; BatchNorm's statistics are
+        those of the whole batch on CUDA, of the share on a CPU.
         """
         if ranks()[1] > 1 and self.device.type == "cuda":
             torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place, under the same names
@@ -1229,13 +1205,12 @@ class Run:
     def epochs(self, total: int, **parts) -> Iterator[int]:
         """Each epoch still to be trained, from 0; after its body its line and checkpoint are written.
 
-        parts: what changes in training and is needed to go on: modules, optimisers, generators, tensors,
-        anything with state_dict and load_state_dict. They are restored before the first epoch. Raises
-        UserError for a loss or a weight that is not finite.
+        parts: what changes in training, `model` among them: modules, optimisers, generators, tensors, what
+        has a state_dict. They are restored first. Raises UserError for a loss or weight that is not finite.
         """
         first = self._restore(parts)
         self.total = total
-        hide = True if ranks()[0] else None  # None: no bar where there is no terminal
+        hide = ranks()[0] > 0 or None  # None: no bar where there is no terminal
         bar = tqdm(range(first, total), initial=first, total=total, desc=self.title, disable=hide)
         for epoch in bar:
             began = time.perf_counter()
@@ -1309,10 +1284,7 @@ class Run:
         write_atomically(self.folder / "checkpoint.pt", lambda part: torch.save(state, part))
 
     def save_features(self, **arrays: Tensor) -> None:
-        """features.npz: train_h (N, d), train_y, test_h, test_y, W (K, d), as numpy arrays.
-
-        Raises UserError for features that are not finite: the last steps have destroyed the network.
-        """
+        """Write features.npz: train_h (N, d), train_y, ... UserError where the network is broken."""
         if not arrays["train_h"].isfinite().all():
             self._stop(len(self.history), "features are not finite after the last epoch")
         as_numpy = {name: value.detach().cpu().numpy() for name, value in arrays.items()}
@@ -1344,20 +1316,24 @@ class Run:
 def runs(args: argparse.Namespace, data: Dataset, jobs: dict[str, dict] | None = None) -> Iterator[Run]:
     """Each run that is still to be trained, method by method and seed by seed: fresh, or to be gone on with.
 
-    jobs: {run name: the flags in which it differs from the others}, for a command that trains more than one
-    run per method and seed. A finished run is passed over; flags, data and code must be those it was begun
-    with. --overwrite begins anew. Until the next one is asked for, a run's folder belongs to this process.
-    Raises UserError.
+    jobs: {run name: its flags}, for a command whose runs differ in more than method and seed. Until the next
+    run is asked for, a folder belongs to this process. Raises UserError for other flags, data or code.
     """
-    jobs = jobs or {name: {} for name in args.method}
-    for (name, job), seed in itertools.product(jobs.items(), args.seed):
-        folder = args.folder / name / f"seed{seed}"
-        with first_rank_first():
-            lock = _take(folder)
-            run = _open(folder, args, seed, job, data)
-        if not run.finished:
-            yield run
-        lock.release()
+    for name, job in (jobs or {name: {} for name in args.method}).items():
+        for seed in args.seed:
+            folder = args.folder / name / f"seed{seed}"
+            with first_rank_first():
+                lock = _take(folder)
+                run = _open(folder, args, _setting(args, data, job), seed)
+            if not run.finished:
+                yield run
+            lock.release()
+
+
+def _setting(args: argparse.Namespace, data: Dataset, job: dict) -> dict:
+    """What a run is defined by, beside its method and seed: flags that decide what is computed, and data."""
+    flags = {key: getattr(args, key) for key in sorted(args.compared)}
+    return json.loads(to_json({**flags, **job, "data": data.fingerprint}))
 
 
 def _take(folder: Path) -> filelock.FileLock:
@@ -1376,7 +1352,7 @@ def _take(folder: Path) -> filelock.FileLock:
     return lock
 
 
-def _open(folder: Path, args: argparse.Namespace, seed: int, job: dict, data: Dataset) -> Run:
+def _open(folder: Path, args: argparse.Namespace, setting: dict, seed: int) -> Run:
     """The run in this folder: the one that is there, compared, or a new one with its config.json."""
     if args.overwrite and not ranks()[0]:
         for file in Run.FILES:  # the result first: what a kill leaves behind is no finished run
@@ -1386,14 +1362,12 @@ def _open(folder: Path, args: argparse.Namespace, seed: int, job: dict, data: Da
     run.seed = seed
     run.title = f"{run.name} seed {seed}"
     run.device = args.device
-    flags = {key: getattr(args, key) for key in args.compared if key not in job}
-    about = {"script": args.script, "seed": seed, "flags": flags, "job": job, "data": data.fingerprint}
-    about = json.loads(to_json(about))
     if run.finished or (folder / "checkpoint.pt").exists():
-        _check_same(run, about)
+        _compare(run, setting)
         return run
     source = Path(__file__).resolve().with_name(f"{args.script}.py")
-    run.config = {**about, "commit": _git_commit(source.parent)}
+    run.config = {"script": args.script, "seed": seed, "setting": setting}
+    run.config["commit"] = _git_commit(source.parent)
     run.config["common"] = zlib.crc32(Path(__file__).read_bytes())
     run.config |= {"hardware": hardware(run.device), "threads": torch.get_num_threads()}
     run.config |= {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "numpy")}
@@ -1402,16 +1376,15 @@ def _open(folder: Path, args: argparse.Namespace, seed: int, job: dict, data: Da
     return run
 
 
-def _check_same(run: Run, about: dict) -> None:
-    """Raises UserError for other flags, data, or, where the run is not finished, other code."""
+def _compare(run: Run, setting: dict) -> None:
+    """Raises UserError for another setting, and, where the run is not finished, for other code."""
     instead = "--overwrite it, or change --out"
-    if run.config is None or "common" not in run.config:
-        raise UserError(f"{run.folder}: not a run of this version; {instead}")
-    before = {**run.config["flags"], **run.config["job"], "data": run.config["data"]}
-    for flag, new in {**about["flags"], **about["job"], "data": about["data"]}.items():
-        if before.get(flag) != new:
-            name = flag if flag == "data" else f"--{flag.replace('_', '-')}"
-            raise UserError(f"{run.folder}: was run with {name} {before.get(flag)}, not {new}; {instead}")
+    before = (run.config or {}).get("setting", {})
+    for name, new in setting.items():
+        if before.get(name) != new:
+            name = name if name == "data" else f"--{name.replace('_', '-')}"
+            old = before.get(name.removeprefix("--").replace("-", "_"))
+            raise UserError(f"{run.folder}: was run with {name} {old}, not {new}; {instead}")
     other = run.other_code()
     if other and not run.finished:
         raise UserError(f"{run.folder}: was begun with another version of {other}; {instead}")
@@ -1421,17 +1394,14 @@ def _check_same(run: Run, about: dict) -> None:
 
 
 def finished_runs(args: argparse.Namespace, data: Dataset, jobs: dict[str, dict] | None = None) -> list[Run]:
-    """Every finished run of args.folder with these flags and these data, of whatever method and seed.
-
-    So a later call with fewer methods draws no fewer curves. In the order of this call's methods.
-    """
+    """Every finished run of args.folder with this setting, of whatever method and seed."""
     names = list(jobs or args.method)
     differ = {flag for job in (jobs or {}).values() for flag in job}
-    flags = json.loads(to_json({key: getattr(args, key) for key in args.compared if key not in differ}))
+    setting = {key: value for key, value in _setting(args, data, {}).items() if key not in differ}
     same = []
     for path in sorted(args.folder.glob("*/seed*/result.json")):
         run = Run(path.parent)
-        if run.config["flags"] == flags and run.config["data"] == data.fingerprint:
+        if run.config and run.config.get("setting", {}).items() >= setting.items():
             same.append(run)
     names += sorted({run.name for run in same} - set(names))
     return sorted(same, key=lambda run: (names.index(run.name), run.config["seed"]))
@@ -1486,35 +1456,17 @@ def command_line(main) -> None:
 # %% ---------------------------------------------------------------------------------------------- Figures
 # Colours of Okabe and Ito (2008), which the colour-blind can tell apart.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"]
-MARKERS = "os^DPXv<>*"
-STYLES = {  # method: its colour and marker, the same in every figure
-    name: style
-    for style, names in {
-        "0o": "ce learnable none euclidean",
-        "1s": "mixup ce+mixup",
-        "2^": "bmls+ms fno sphere",
-        "3D": "hug-mhe cosine etf+dr+mixup",
-        "4P": "cb-mixup etf+ce hug-fixed",
-        "5X": "bmls hug-mhs",
-        "6v": "etf+dr balanced-softmax hug-mgd",
-        "7<": "cb+ms ce+norm",
-        "3>": "cb",
-        "4*": "remix",
-    }.items()
-    for name in names.split()
-}
+MARKERS = "os^DPXv<"
+# One colour and marker per method in all figures; the first of each script's are the strongest.
+STYLES = dict.fromkeys(["ce", "learnable", "none"], 0) | dict.fromkeys(["mixup", "ce+mixup", "fno"], 1)
+STYLES |= {"bmls+ms": 2, "sphere": 2, "cosine": 3, "cb": 3, "hug-mhe": 3, "cb-mixup": 4, "etf+ce": 4}
+STYLES |= {"etf+dr+mixup": 5, "bmls": 5, "etf+dr": 6, "balanced-softmax": 6, "cb+ms": 7}
 
 
 def styles(names) -> dict[str, dict]:
-    """Colour and marker of each name: {name: {"color": ..., "marker": ...}}.
-
-    A method has those of STYLES in every figure; another name has those of its place.
-    """
-    found = {}
-    for i, name in enumerate(names):
-        colour, marker = STYLES.get(name, f"{i % len(COLOURS)}{MARKERS[i % len(MARKERS)]}")
-        found[name] = {"color": COLOURS[int(colour)], "marker": marker}
-    return found
+    """Colour and marker of each name; one that is no method has those of its place."""
+    place = {name: STYLES.get(name, i % len(COLOURS)) for i, name in enumerate(names)}
+    return {name: {"color": COLOURS[i], "marker": MARKERS[i]} for name, i in place.items()}
 
 
 def save_figure(path: Path, figure) -> None:
@@ -1524,8 +1476,6 @@ def save_figure(path: Path, figure) -> None:
 
 def curves(path: Path, points: dict[str, tuple], style: dict[str, dict], **axes) -> None:
     """One plot of lines, {name: (x, y)}, its legend beside the data; axes: xlabel, ylabel, xscale, ..."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(7, 4), layout="constrained")
     plot = figure.subplots()
     for name, (x, y) in points.items():
@@ -1538,8 +1488,6 @@ def curves(path: Path, points: dict[str, tuple], style: dict[str, dict], **axes)
 
 def bars(path: Path, found: dict[str, dict[str, list[float]]], style: dict[str, dict], **axes) -> None:
     """Groups of bars, {bar: {group: values over seeds}}: means, with the sample std as a whisker."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(8, 4), layout="constrained")
     plot = figure.subplots()
     groups = list(dict.fromkeys(group for values in found.values() for group in values))
@@ -1557,8 +1505,6 @@ def bars(path: Path, found: dict[str, dict[str, list[float]]], style: dict[str, 
 
 def heat_maps(path: Path, maps: dict[str, np.ndarray], *, label: str, limits: tuple, diverging: bool, **axes):
     """Square maps side by side with one colour bar. diverging: red, white at 0, blue, for cosines."""
-    from matplotlib.figure import Figure
-
     columns = min(4, len(maps))
     rows = -(-len(maps) // columns)
     figure = Figure(figsize=(2.8 * columns + 1.2, 2.8 * rows + 0.5), layout="constrained")
@@ -1602,8 +1548,8 @@ UNITS = {"%": (1, 100), "°": (1, 1), "": (2, 1)}  # unit: digits after the poin
 def print_table(found: list[Run], columns: dict[str, tuple[str, str, str]], about: dict[str, str]) -> None:
     """A row per run name, mean ± std over its seeds; below it what the columns and the rows mean.
 
-    columns: {entry of result.json: (title, unit, meaning)}; a dot leads into a dict, `heads.own`. An entry
-    that no run has is left out. about: {run name: what it is}.
+    columns: {entry of result.json: (title, unit, meaning)}, `heads.own` for an entry of a dict. One that no
+    run has is left out. about: {run name: what it is}.
     """
 
     def entry(run: Run, key: str):
