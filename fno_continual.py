@@ -219,7 +219,7 @@ def toy_stream(kind: str, mask: bool, steps: int = 200) -> list[float]:
 
 
 # %%
-ARMS = ["learnable", "learnable + mask", "fno", "fno + mask"]
+ARMS = ["learnable", "fno", "learnable + mask", "fno + mask"]
 STYLE = {**common.styles(ARMS), "joint": {"color": "black"}}
 
 
@@ -431,7 +431,7 @@ def learning_rate(epoch: int, args: argparse.Namespace, lr: float) -> float:
 # %%
 def train(args: argparse.Namespace, run: common.Run, data: common.Dataset) -> dict:
     """Train one job with one seed, from its last checkpoint on. Returns what was measured at the end."""
-    job = argparse.Namespace(**run.config["job"])
+    job = argparse.Namespace(**run.config["setting"])
     torch.manual_seed(run.seed)  # initial weights, and which dimensions a class owns
     generator = torch.Generator().manual_seed(run.seed)  # order, crops, flips and the buffer
     model = build_model(args, job.classifier, data).to(run.device, memory_format=torch.channels_last)
@@ -513,7 +513,7 @@ def test(model: nn.ModuleDict, mask: bool, data: common.Dataset, present: Tensor
 
 
 def own_energy(h: Tensor, y: Tensor, owner: Tensor, K: int) -> float:
-    """Mean share of ||h||^2 in its class's dimensions. h (N, d), y (N,); owner (d,): class of the largest w."""
+    """Mean share of ||h||^2 in its class's dimensions. h (N, d), y (N,); owner (d,): of the largest w_kj."""
     h2 = h.double().square()
     own = (h2 * (owner == y[:, None])).sum(1) / h2.sum(1).clamp_min(1e-300)  # of a zero feature: 0
     return float(common.class_means(own[:, None], y, K).nanmean())
@@ -573,10 +573,11 @@ COLUMNS = {  # entry of result.json: title, unit, what it is
 
 def draw_figures(folder: Path, runs: list[common.Run]) -> None:
     """class_il.png, bars of the learners; forgetting.png, maps of the streams. Means over seeds."""
-    class_il = {bar: {} for bar in (*ARMS[:2], "joint", *ARMS[2:])}  # {bar: {learner: of every seed}}
+    order = ["learnable", "learnable + mask", "joint", "fno", "fno + mask"]
+    class_il = {bar: {} for bar in order}  # {bar: {learner: class-IL of every seed}}
     streams = {}
     for run in runs:
-        job = run.config["job"]
+        job = run.config["setting"]
         learner = f"{job['method']}, buffer {job['buffer']}" if job["buffer"] else job["method"]
         bar = f"{job['classifier']} + mask" if job["mask"] else job["classifier"]
         if job["method"] == "joint":
@@ -589,7 +590,7 @@ def draw_figures(folder: Path, runs: list[common.Run]) -> None:
     class_il = {bar: groups for bar, groups in class_il.items() if groups}
     common.bars(folder / "class_il.png", class_il, STYLE, ylabel="class-IL accuracy (%)", ylim=(0, 100))
     if streams:
-        T = runs[0].config["flags"]["tasks"]
+        T = job["tasks"]
         later = np.triu(np.full((T, T), np.nan), 1)  # white: tasks that are still to come
         maps = {name: np.mean(seeds, 0) + later for name, seeds in streams.items()}
         axes = {"xticks": range(T), "xticklabels": range(1, T + 1), "xlabel": "task"}
@@ -617,8 +618,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--net", choices=["mlp", "cnn", "resnet18"], help="features behind a ReLU; mlp: split MNIST's")
     add("--per-class", type=common.at_least(2), help="training images of each class; else all")
     args = flags.parse(argv, METHODS, ["sgd", "er", "joint"], RECIPES, eval_every=None)
-    if args.batch_size < 3:  # BatchNorm: one image has no variance
-        raise common.UserError(f"--batch-size {args.batch_size}: expected 3 or more")
     if args.dry_run:
         args.epochs = 2  # of one step each, so that the second one replays
     args.eval_every = args.eval_every or args.epochs  # each task's end is tested
@@ -659,7 +658,9 @@ def main(argv: list[str] | None = None) -> dict:
         run.finish(train(args, run, data))
     runs = common.finished_runs(args, data, jobs)
     common.print_table(runs, COLUMNS, {})
-    print("learnable, fno: the class vectors; -mask: softmax masking")
+    for name in args.method:
+        print(f"{name}: {METHODS[name]}")
+    print("learnable, fno: trained or fixed class vectors; -mask: softmax masking")
     draw_figures(args.folder, runs)
     return {"results": [run.finished for run in runs], "folder": str(args.folder)}
 
