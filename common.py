@@ -55,8 +55,6 @@ SPECS = {  # K, (H, W, C), zero padding of the random crop, mirrored left-right?
     "fashionmnist": (10, (28, 28, 1), 4, True),
     "cifar10": (10, (32, 32, 3), 4, True),
     "cifar100": (100, (32, 32, 3), 4, True),
-    "svhn": (10, (32, 32, 3), 4, False),
-    "stl10": (10, (96, 96, 3), 12, True),
 }
 
 
@@ -154,29 +152,21 @@ def _channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _read_named(name: str, data_dir: Path) -> dict:
-    """A named data set: embedded, from DATA_DIR/NAME.npz, or through torchvision and then kept there."""
-    cache = data_dir / f"{name}.npz"
-    kept = cache.exists() or name == "digits"
+    """A named data set: embedded, from DATA_DIR/NAME.npz, or through torchvision's files there."""
+    kept = data_dir / f"{name}.npz"
     try:
         if name == "digits":
             arrays = _read_digits()
-        elif kept:
-            arrays = dict(np.load(cache, allow_pickle=False))  # never unpickles: that could run any code
+        elif kept.exists():
+            arrays = dict(np.load(kept, allow_pickle=False))  # never unpickles: that could run any code
         else:
             arrays = _read_torchvision(name, data_dir)
-        fields = _checked(arrays, *SPECS[name][:2])
-    except Exception as error:  # the parsers of zip, npy, IDX and MATLAB files raise many kinds
+        return _checked(arrays, *SPECS[name][:2])
+    except Exception as error:  # the parsers of zip, npy and IDX files raise many kinds
         reason = " ".join(str(error).split()) or type(error).__name__
-        where = cache if kept else f"--dataset {name}: neither {cache} nor torchvision's files"
-        remedy = "delete or replace it" if kept else "delete what is damaged, and connect to a network"
+        where = kept if kept.exists() else f"--dataset {name}: neither {kept} nor torchvision's files"
+        remedy = "delete what is damaged there, and connect to a network or replace it"
         raise UserError(f"{where}: cannot be read ({reason}); {remedy}") from error
-    try:
-        if not kept:
-            write_atomically(cache, lambda part: np.savez(part, **arrays))
-    except UserError as error:  # a shared folder may be read-only
-        reason = str(error).rpartition(";")[0]
-        print(f"{reason}; the images were read, but nothing is kept", file=sys.stderr)
-    return fields
 
 
 def _checked(arrays: dict[str, np.ndarray], K: int, shape: tuple[int, int, int]) -> dict:
@@ -186,10 +176,8 @@ def _checked(arrays: dict[str, np.ndarray], K: int, shape: tuple[int, int, int])
     for split in ("train", "test"):
         x = arrays[f"{split}_x"]
         y = arrays[f"{split}_y"]
-        right = (
-            x.dtype == np.uint8 and x.shape[1:] == shape and y.shape == x.shape[:1] and y.dtype.kind in "iu"
-        )
-        if not right or len(y) == 0 or y.min() < 0 or y.max() >= K or classes.shape != (K,):
+        right = x.dtype == np.uint8 and x.shape == (*y.shape, *shape) and classes.shape == (K,)
+        if not right or y.size == 0 or not set(y.tolist()) <= set(range(K)):
             found = f"{split}_x {x.shape} {x.dtype}, {split}_y {y.shape} {y.dtype}, classes {classes.shape}"
             raise ValueError(f"{found}; expected (N, *{shape}) uint8, N labels from 0 to {K - 1}, {K} names")
         fields[f"{split}_x"] = torch.from_numpy(np.ascontiguousarray(x))
@@ -214,18 +202,15 @@ def _read_torchvision(name: str, data_dir: Path) -> dict[str, np.ndarray]:
     from torchvision import datasets
 
     kind = next(getattr(datasets, kind) for kind in datasets.__all__ if kind.lower() == name)
-    by_name = name in ("svhn", "stl10")
-    arrays = {}
     data_dir.mkdir(parents=True, exist_ok=True)
+    arrays = {}
     for split in ("train", "test"):
-        which = {"split": split} if by_name else {"train": split == "train"}
         with contextlib.redirect_stdout(sys.stderr):  # its progress does not belong to our output
-            data = kind(data_dir, download=True, **which)
-        x = np.asarray(data.data)  # MNIST: (N, H, W); SVHN, STL-10: (N, C, H, W); CIFAR: (N, H, W, C)
-        x = x.transpose(0, 2, 3, 1) if by_name else x
+            data = kind(data_dir, train=split == "train", download=True)
+        x = np.asarray(data.data)  # MNIST: (N, H, W), CIFAR: (N, H, W, C)
         arrays[f"{split}_x"] = x.reshape(*x.shape[:3], -1)
-        arrays[f"{split}_y"] = np.asarray(data.labels if by_name else data.targets)
-    return dict(arrays, classes=np.array(getattr(data, "classes", range(10))))  # SVHN's have no names
+        arrays[f"{split}_y"] = np.asarray(data.targets)
+    return dict(arrays, classes=np.array(data.classes))
 
 
 def _read_folder(path: Path, size: int, test_share: float) -> dict:
@@ -251,14 +236,18 @@ def _read_folder(path: Path, size: int, test_share: float) -> dict:
 
 
 def _read_images(root: Path, size: int) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    """Images uint8 (N, size, size, 3), labels (N,) and classes of root/CLASS/IMAGE, hidden ones left out."""
+    """Images uint8 (N, size, size, 3), labels (N,) and classes of root/CLASS/IMAGE. Raises UserError.
+
+    Hidden files and folders are left out; every other file must be an image of 8 bits.
+    """
     from torchvision.datasets import ImageFolder
+
+    names = sorted(item.name for item in root.iterdir() if item.is_dir() and item.name[0] != ".")
+    label = {name: k for k, name in enumerate(names)}
 
     def visible(file: str) -> bool:
         return f"{os.sep}." not in file.removeprefix(str(root))
 
-    names = sorted(item.name for item in root.iterdir() if item.is_dir() and item.name[0] != ".")
-    label = {name: k for k, name in enumerate(names)}
     files, y = zip(*ImageFolder.make_dataset(root, label, is_valid_file=visible), strict=True)
     needed = len(files) * size * size * 3
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**35
@@ -343,45 +332,36 @@ def cut_for_dry_run(data: Dataset, batch_size: int) -> Dataset:
     return keep(data, train)._replace(test_x=data.test_x[test], test_y=data.test_y[test])
 
 
-SUPERCLASSES = {  # CIFAR-100's twenty, of five classes each
-    "aquatic mammals": "beaver dolphin otter seal whale",
-    "fish": "aquarium_fish flatfish ray shark trout",
-    "flowers": "orchid poppy rose sunflower tulip",
-    "food containers": "bottle bowl can cup plate",
-    "fruit and vegetables": "apple mushroom orange pear sweet_pepper",
-    "household electrical devices": "clock keyboard lamp telephone television",
-    "household furniture": "bed chair couch table wardrobe",
-    "insects": "bee beetle butterfly caterpillar cockroach",
-    "large carnivores": "bear leopard lion tiger wolf",
-    "large man-made outdoor things": "bridge castle house road skyscraper",
-    "large natural outdoor scenes": "cloud forest mountain plain sea",
-    "large omnivores and herbivores": "camel cattle chimpanzee elephant kangaroo",
-    "medium-sized mammals": "fox porcupine possum raccoon skunk",
-    "non-insect invertebrates": "crab lobster snail spider worm",
-    "people": "baby boy girl man woman",
-    "reptiles": "crocodile dinosaur lizard snake turtle",
-    "small mammals": "hamster mouse rabbit shrew squirrel",
-    "trees": "maple_tree oak_tree palm_tree pine_tree willow_tree",
-    "vehicles 1": "bicycle bus motorcycle pickup_truck train",
-    "vehicles 2": "lawn_mower rocket streetcar tank tractor",
-}
+# CIFAR-100's twenty superclasses, and the one of each of its classes in their order
+SUPERCLASSES = (
+    "aquatic mammals, fish, flowers, food containers, fruit and vegetables, household electrical devices, "
+    "household furniture, insects, large carnivores, large man-made outdoor things, "
+    "large natural outdoor scenes, large omnivores and herbivores, medium-sized mammals, "
+    "non-insect invertebrates, people, reptiles, small mammals, trees, vehicles 1, vehicles 2"
+)
+COARSE = (
+    "4 1 14 8 0 6 7 7 18 3 3 14 9 18 7 11 3 9 7 11 6 11 5 10 7 6 13 15 3 15 0 11 1 10 12 14 16 9 11 5 "
+    "5 19 8 8 15 13 14 17 18 10 16 4 17 4 2 0 17 4 18 17 10 3 2 12 12 16 12 1 9 19 2 10 0 1 16 12 9 13 "
+    "15 13 16 19 2 4 6 19 5 5 8 19 18 1 2 15 6 0 17 8 14 13"
+)
 
 
 def coarse_labels(classes: tuple[str, ...], grouping: str) -> tuple[Tensor, tuple[str, ...]]:
     """The coarse label of each of K classes, (K,), and the coarse classes' names; coarse_labels(...)[0][y].
 
-    pairs: class k with class k + K/2, on CIFAR-10 airplane and dog, ...; superclasses: CIFAR-100's twenty.
-    Raises UserError where the classes do not allow it.
+    pairs: class k with class k + K/2, so that coarse = k mod K/2; superclasses: the twenty of CIFAR-100.
+    Raises UserError for an odd K, and for superclasses of anything else than CIFAR-100's classes.
     """
     K = len(classes)
-    if grouping == "pairs" and K % 2 == 0 and K >= 4:
-        names = (f"{a}+{b}" for a, b in zip(classes[: K // 2], classes[K // 2 :], strict=True))
-        return torch.arange(K) % (K // 2), tuple(names)
-    coarse = {name: i for i, members in enumerate(SUPERCLASSES.values()) for name in members.split()}
-    if grouping == "superclasses" and set(classes) == set(coarse):
-        return torch.tensor([coarse[name] for name in classes]), tuple(SUPERCLASSES)
-    expected = "pairs (an even number of them, 4 or more) or superclasses (only CIFAR-100 has them)"
-    raise UserError(f"--coarse {grouping}: {K} classes; expected {expected}")
+    if grouping == "superclasses" and classes[:1] + classes[-1:] + (K,) != ("apple", "worm", 100):
+        raise UserError("--coarse superclasses: only CIFAR-100 has them; use --coarse pairs")
+    if grouping == "superclasses":
+        return torch.tensor([int(k) for k in COARSE.split()]), tuple(SUPERCLASSES.split(", "))
+    if K % 2 or K < 4:
+        raise UserError(f"--coarse pairs: {K} classes; expected an even number of them, 4 or more")
+    return torch.arange(K) % (K // 2), tuple(
+        f"{a}+{b}" for a, b in zip(classes, classes[K // 2 :], strict=False)
+    )
 
 
 def split_tasks(K: int, tasks: int) -> Tensor:
@@ -467,15 +447,7 @@ def split_evenly(T: int, batch_size: int, count: int | None = None) -> list[slic
     return [slice(a, b) for a, b in itertools.pairwise(edges)]
 
 
-concatenate = lambda a, b: torch.cat([a, b])  # noqa: E731  for spherization.py, until it calls torch.cat itself
-
-
 # %% ---------------------------------------------------------------------------------------------- Metrics
-
-
-def metric_device(device: torch.device | str) -> torch.device:
-    """Where metrics are computed: the device itself, but the CPU for Apple's MPS, which has no float64."""
-    return torch.device("cpu" if torch.device(device).type == "mps" else device)
 
 
 def accuracy_per_class(prediction: Tensor, y: Tensor, K: int) -> Tensor:
@@ -487,8 +459,8 @@ def accuracy_per_class(prediction: Tensor, y: Tensor, K: int) -> Tensor:
 def shot_groups(counts: Tensor, profile: str = "") -> dict[str, Tensor]:
     """Classes by their training images, counts (K,): {"many", "medium", "few"}, each sorted class indices.
 
-    One size: all are many. A step: larger and smaller classes, none medium. Else many > 100 and few < 20
-    images (Liu et al. 2019), or, where either has no class, thirds. Classes of one size are never parted.
+    One size: all are many. A step: larger and smaller. Else many > 100 and few < 20 (Liu et al. 2019),
+    or, where either has no class, thirds. Classes of one size are never parted.
     """
     smallest, largest = counts.aminmax()
     if largest == smallest:
@@ -527,41 +499,32 @@ HEADS = {  # classifiers on the same features: their names in figures and tables
 }
 
 
-def heads(train_h, train_y, test_h, test_y, W, b=None, *, few=None, softmax=True) -> dict[str, float]:
-    """Test accuracy of trained features under other heads, without any training.
+def heads(train_h, train_y, test_h, test_y, W, b=None, *, softmax: bool = True) -> dict[str, float]:
+    """Test accuracy of trained features h (N, d) under other heads, without any training.
 
-        own                argmax_k  w_k . h + b_k
+        own                argmax_k  w_k . h + b_k               W (K, d), b (K,)
         logit_adjustment   argmax_k  w_k . h + b_k - log n_k     at tau = 1 (Menon et al. 2021)
         tau_normalisation  argmax_k  w_k . h / ||w_k||           at tau = 1 (Kang et al. 2020)
         nearest_mean       argmin_k  ||h - mu_k||                mu_k of the training features
-    Features (N, d), labels (N,), class vectors W (K, d), biases b (K,). Each also with `_few`: on samples of
-    the classes few (indices), nan if none. softmax=False (logits are cosines): logit_adjustment is nan.
+    softmax=False, where logits are cosines: logit_adjustment is nan.
     """
     z = logits(test_h, W, b)
     n = torch.bincount(train_y, minlength=len(W)).to(z)
-    y = test_y.to(z.device)
-    rare = torch.isin(y, y[:0] if few is None else few.to(y.device))
     predictions = {
         "own": z.argmax(1),
         "logit_adjustment": (z - n.log()).argmax(1),
         "tau_normalisation": logits(test_h, unit(W).nan_to_num()).argmax(1),
         "nearest_mean": nearest_mean(test_h, class_means(train_h, train_y, len(W))),
     }
-    result = {}
-    for name, prediction in predictions.items():
-        right = (prediction == y).double()
-        if name == "logit_adjustment" and not softmax:
-            right.fill_(math.nan)  # log n_k has no meaning there
-        result[name] = float(right.mean())
-        result[f"{name}_few"] = float(right[rare].mean())
-    return result
+    y = test_y.to(z.device)
+    result = {name: float((prediction == y).double().mean()) for name, prediction in predictions.items()}
+    return result if softmax else {**result, "logit_adjustment": math.nan}
 
 
 def task_accuracies(z: Tensor, y: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:
-    """Accuracy on each task of a stream, (T,) float64 twice: class-IL and task-IL (van de Ven, Tolias 2019).
+    """Accuracy on each task of a stream, (T,) twice; logits z (N, K), labels y (N,), task of each class (K,).
 
-    class-IL: argmax over all K logits z (N, K); task-IL: over the classes of the image's own task. Labels y
-    (N,), task of each class (K,), as from split_tasks; nan for a task without test images.
+    class-IL: argmax over all logits; task-IL: over the classes of the image's task (van de Ven, Tolias 2019).
     """
     task = task.to(z.device)
     which = task[y]  # (N,)
@@ -574,21 +537,17 @@ def task_accuracies(z: Tensor, y: Tensor, task: Tensor) -> tuple[Tensor, Tensor]
 def stream_metrics(R: Tensor) -> dict[str, float]:
     """Summary of an accuracy matrix R (T, T): R[i, j] is the accuracy on task j after training on task i.
 
-    average             A = 1/T sum_j R[T-1, j], over all tasks at the end of the stream
-    stream_average      1/T sum_i 1/(i+1) sum_{j<=i} R[i, j], over the tasks learned so far
+    average             1/T sum_j R[T-1, j], over all tasks at the end of the stream
     forgetting          1/(T-1) sum_{j<T-1} (max_{j<=i<T-1} R[i, j] - R[T-1, j])     Chaudhry et al. 2018
     backward_transfer   1/(T-1) sum_{j<T-1} (R[T-1, j] - R[j, j])                    Lopez-Paz, Ranzato 2017
-    Forgetting's maximum leaves out the last row, so it may be negative. A joint run, R (1, T), has an average
-    only; the rest is nan. Tasks without test images (nan) are left out of every mean.
+    A joint run, R (1, T), has an average only. Tasks without test images (nan) are left out of every mean.
     """
     R = R.double()
-    tasks = range(len(R) if len(R) == R.shape[1] else 0)  # a joint run has no stages
-    so_far = [R[i, : i + 1].nanmean() for i in tasks]
-    forgotten = [R[j:-1, j].max() - R[-1, j] for j in tasks[:-1]]
-    gained = [R[-1, j] - R[j, j] for j in tasks[:-1]]
+    past = range(len(R) - 1)
+    forgotten = [R[j:-1, j].max() - R[-1, j] for j in past]  # below 0 where the last row is the best
+    gained = [R[-1, j] - R[j, j] for j in past]
     return {
         "average": float(R[-1].nanmean()),
-        "stream_average": float(R.new_tensor(so_far).nanmean()),
         "forgetting": float(R.new_tensor(forgotten).nanmean()),
         "backward_transfer": float(R.new_tensor(gained).nanmean()),
     }
@@ -598,20 +557,15 @@ def stream_metrics(R: Tensor) -> dict[str, float]:
 # float64. What is not defined is nan: a class without samples, dead features, values that are not finite.
 
 
-def float64(V: Tensor) -> Tensor:
-    """V, of any shape, in float64, without its graph, on the device where metrics are computed."""
-    return V.detach().to(metric_device(V.device), torch.float64)
-
-
 def logits(h: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
     """z = h W^T + b, (N, K) float64, of features h (N, d), class vectors W (K, d), biases b (K,)."""
-    z = float64(h) @ float64(W.to(h.device)).T
-    return z if b is None else z + float64(b.to(h.device))
+    z = h.detach().double() @ W.detach().to(h.device).double().T
+    return z if b is None else z + b.detach().to(h.device).double()
 
 
 def class_means(h: Tensor, y: Tensor, K: int) -> Tensor:
     """mu_k, the mean of h (N, d) over class k of y (N,): (K, d) float64; nan for a class without samples."""
-    h = float64(h)
+    h = h.detach().double()
     y = y.to(h.device)
     total = h.new_zeros(K, h.shape[1]).index_add_(0, y, h)
     return total / torch.bincount(y, minlength=K)[:, None]
@@ -628,7 +582,7 @@ class ClassSums(NamedTuple):
 
 def class_sums(h: Tensor, y: Tensor, K: int | None = None) -> ClassSums:
     """Sums of features h (N, d) with labels y (N,); K: the largest label + 1 if not given."""
-    h = float64(h)
+    h = h.detach().double()
     y = y.to(h.device)
     mean = class_means(h, y, K or int(y.max()) + 1)
     count = torch.bincount(y, minlength=len(mean)).double()
@@ -641,11 +595,9 @@ def nc1(h: Tensor, y: Tensor, sums: ClassSums | None = None, centred: bool = Tru
 
         Sigma_W = 1/N sum_i (h_i - mu_y)(h_i - mu_y)^T      pooled over samples
         Sigma_B = 1/K sum_k (mu_k - mu_G)(mu_k - mu_G)^T     mu_G = mean of the class means
-    With A = (mu_k - mu_G)_k / sqrt(K), (K, d), Sigma_B = A^T A and pinv(Sigma_B) = P P^T for P = pinv(A), so
-        tr(Sigma_W pinv(Sigma_B)) = 1/N sum_i ||P^T (h_i - mu_y)||^2
-    Where means (nearly) coincide, NC1 jumps and only the rank tells; (nan, 0) where none differ. NC1 misses
-    spread across the span of the centred means: report trace_ratio or cdnv as well. The notebook of Papyan
-    et al. does not divide by K. centred=False: ZNC1, with mu_G = 0 and rank K.
+    With A = (mu_k - mu_G)_k / sqrt(K) and P = pinv(A) it is 1/(N K) sum_i ||P^T (h_i - mu_y)||^2. Where means
+    coincide it jumps and only the rank tells. It misses spread across the span of the means: see cdnv.
+    Papyan et al.'s notebook does not divide by K. centred=False: ZNC1, with mu_G = 0 and rank K.
     """
     sums = sums or class_sums(h, y)
     K = len(sums.mean)
@@ -657,7 +609,7 @@ def nc1(h: Tensor, y: Tensor, sums: ClassSums | None = None, centred: bool = Tru
     keep = s**2 > max(A.shape) * eps * s[0] ** 2  # pinv(Sigma_B)'s rule: its eigenvalues are s^2
     keep &= s > 1000 * eps * sums.mean.norm(dim=1).max()  # below it, means differ by their rounding only
     P = V[keep].T / s[keep]  # (d, rank)
-    within = (float64(h) - sums.mean[y.to(A.device)]) @ P  # (N, rank)
+    within = (h.detach().double() - sums.mean[y.to(A.device)]) @ P  # (N, rank)
     return float(within.square().sum() / len(h) / K) if keep.any() else math.nan, P.shape[1]
 
 
@@ -689,7 +641,7 @@ def class_distances(h: Tensor, y: Tensor, sums: ClassSums | None = None) -> Tens
 
 def unit(V: Tensor) -> Tensor:
     """Rows of V (K, d) at length 1, float64; nan for a row of zeros, which has no direction."""
-    V = float64(V)
+    V = V.detach().double()
     return V / V.norm(dim=1, keepdim=True)
 
 
@@ -711,18 +663,18 @@ def mean_pairwise_cosine(V: Tensor, classes: Tensor) -> float:
 
 def distances(V: Tensor) -> Tensor:
     """Pairwise distances of the rows of V, (K, d) -> (K, K) float64, by subtraction: exact for close rows."""
-    V = float64(V)
+    V = V.detach().double()
     return torch.cdist(V, V, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def nc0(W: Tensor) -> float:
     """NC0 = 1/K ||W^T 1||^2, not scale-free. 0: the class vectors W (K, d) sum to 0 (arXiv 2602.16642)."""
-    return float(float64(W).sum(0).square().sum() / len(W))
+    return float(W.double().sum(0).square().sum() / len(W))
 
 
 def equinorm(V: Tensor) -> float:
     """NC2, lengths: std / mean of the norms of V's rows (K, d), population std. 0: an ETF (Papyan et al.)."""
-    norm = float64(V).norm(dim=1)
+    norm = V.detach().double().norm(dim=1)
     return float(norm.std(correction=0) / norm.mean())
 
 
@@ -733,27 +685,15 @@ def equiangularity(V: Tensor) -> float:
 
 def self_duality(W: Tensor, M: Tensor) -> float:
     """NC3: ||W/||W||_F - M/||M||_F||_F^2 for class vectors W and centred means M, both (K, d); in [0, 4]."""
-    M = float64(M)
-    W = float64(W).to(M.device)
+    M = M.double()
+    W = W.double().to(M.device)
     return float((W / W.norm() - M / M.norm()).square().sum())
-
-
-def simplex_etf_distance(V: Tensor, U: Tensor | None = None) -> float:
-    """||A/||A||_F - E||_F, A = V U^T (U = V if not given), E = (I - 11^T/K) / sqrt(K-1) an ETF's Gram matrix.
-
-    V, U (K, d). NC2 of class vectors or centred means (Zhu et al. 2021); of V = W, U = M centred their NC3.
-    """
-    V = float64(V)
-    A = V @ (V if U is None else float64(U).to(V.device)).T
-    K = len(A)
-    E = (torch.eye(K).to(A) - 1 / K) / (K - 1) ** 0.5
-    return float((A / A.norm() - E).norm())
 
 
 def nearest_mean(h: Tensor, M: Tensor) -> Tensor:
     """argmin_k ||h - mu_k|| of each feature: h (N, d), M (K, d) -> (N,). A mean of nan is nearest to none."""
-    h = float64(h)
-    M = float64(M).to(h.device)
+    h = h.detach().double()
+    M = M.double().to(h.device)
     centre = M.nanmean(0)  # products lose digits far from the origin
     V = M - centre
     score = (h - centre) @ V.T - V.square().sum(1) / 2  # (N, K) ||h||^2 / 2 - ||h - mu||^2 / 2
@@ -788,22 +728,13 @@ def collapse_metrics(h: Tensor, y: Tensor, W: Tensor, prediction: Tensor, few: T
 def zero_mean_metrics(means: Tensor, W: Tensor | None = None) -> dict[str, float]:
     """Zero-mean neural collapse (ZNC; Kim, part 2): NC2 and NC3 with the origin in the global mean's place.
 
-    means (K, d) class means, not centred, K >= 2; W (K, d) class vectors or None. All are 0 where the means
-    have one length, are orthogonal and point along W. The released znc_utils.py has the sample's stds,
-    cosines that cancel by their sign, and (Z)NC1 that averages the classes' covariances (nc1 pools samples).
+    means (K, d) not centred, W (K, d). All are 0 where means have one length, are orthogonal and point along
+    W. The released znc_utils.py has the sample's stds, and cosines that cancel by their sign.
     """
     cosine = _pairwise_cosines(means).abs()
-    result = {
-        "znc_equinorm": equinorm(means),
-        "znc_mean_cosine": float(cosine.mean()),
-        "znc_max_cosine": float(cosine.max()),
-    }
+    result = {"znc_equinorm": equinorm(means), "znc_mean_cosine": float(cosine.mean())}
+    result["znc_max_cosine"] = float(cosine.max())
     return result if W is None else {**result, "znc_alignment": self_duality(W, means)}
-
-
-def riesz_energy(V: Tensor, s: float = 2) -> float:
-    """Mean over pairs of r^-s, r the distance of unit rows of V (K, d). Low: uniform; inf: two are equal."""
-    return float((torch.pdist(unit(V)) ** -s).mean())
 
 
 def smallest_angle(V: Tensor) -> float:
@@ -816,9 +747,8 @@ def one_vs_rest_distance(V: Tensor) -> Tensor:
     """Distance of each row's direction from the convex hull of the others', V (K, d) -> (K,), K >= 2.
 
         min_a || sum_{j != k} a_j v_j - v_k ||    over a >= 0, sum_j a_j = 1, of unit rows v of V
-    By duality the margin max_h min_j <w_k - w_j, h> over unit h (Jiang et al. 2024). At best K/(K-1) if
-    K <= d + 1, 1 if d + 2 <= K <= 2d, 1 - cos(2 pi/K) if d = 2. nan if a row is 0. K = 1000: a minute.
-    With rows D_j = v_j - v_k, a is w / sum(w) for w = argmin ||D^T w||^2 + (1^T w - 1)^2 over w >= 0.
+    The margin max_h min_j <w_k - w_j, h> over unit h (Jiang et al. 2024); at best K/(K-1) if K <= d + 1. With
+    rows D_j = v_j - v_k, a is w / sum(w) for w = argmin ||D^T w||^2 + (1^T w - 1)^2 over w >= 0.
     """
     from scipy.optimize import nnls
 
@@ -836,7 +766,7 @@ def one_vs_rest_distance(V: Tensor) -> Tensor:
 def generalized_metrics(V: Tensor) -> dict[str, float]:
     """GNC2 (Liu et al. 2023): how evenly the directions of class vectors or centred means V (K, d) spread."""
     return {
-        "gnc_riesz2_energy": riesz_energy(V),
+        "gnc_riesz2_energy": float((torch.pdist(unit(V)) ** -2).mean()),  # inf where two directions are equal
         "gnc_smallest_angle": smallest_angle(V),
         "gnc_one_vs_rest": float(one_vs_rest_distance(V).min()),
     }
@@ -845,24 +775,6 @@ def generalized_metrics(V: Tensor) -> dict[str, float]:
 def gnc3(W: Tensor, M: Tensor) -> float:
     """GNC3: mean over classes of 1 - cos(w_k, mu_k - mu_G); class vectors W and centred means M, (K, d)."""
     return float(1 - (unit(W.to(M.device)) * unit(M)).sum(1).mean())
-
-
-def clustering_agreement(cluster, y) -> dict[str, float]:
-    """How well clusters (N,) agree with classes y (N,); all 1 for the same partition, whatever the numbering.
-
-    purity: samples in the majority class of their cluster; nmi: mutual information over the mean entropy;
-    ari: Rand index, 0 by chance; matched: right under the best one-to-one assignment of clusters to classes.
-    """
-    from scipy.optimize import linear_sum_assignment
-    from sklearn import metrics
-
-    table = metrics.cluster.contingency_matrix(y, cluster)  # (classes, clusters)
-    return {
-        "purity": float(table.max(0).sum() / len(y)),
-        "nmi": float(metrics.normalized_mutual_info_score(y, cluster)),
-        "ari": float(metrics.adjusted_rand_score(y, cluster)),
-        "matched": float(table[linear_sum_assignment(table, maximize=True)].sum() / len(y)),
-    }
 
 
 # %% ----------------------------------------------------------------------------------------------- Theory
@@ -955,7 +867,7 @@ def first_rank_first() -> Iterator[None]:
 
 
 def _number(kind: type, holds, expected: str):
-    """argparse type: an int or a float for which holds(value)."""
+    """argparse type: a number for which holds(value)."""
 
     def number(text: str):
         value = kind(text)
@@ -963,7 +875,6 @@ def _number(kind: type, holds, expected: str):
             raise argparse.ArgumentTypeError(f"{text}: expected {expected}")
         return value
 
-    number.__name__ = "whole number" if kind is int else "number"  # argparse: invalid number value: 'x'
     return number
 
 
@@ -1052,7 +963,7 @@ class Flags(argparse.ArgumentParser):
         add("--eval-every", type=at_least(1), default=1, help="epochs from test to test; the last is tested")
         add("--out", type=a_path, default=Path("runs"), help="run folders: OUT/SCRIPT/DATASET/METHOD/seedS")
         add("--overwrite", action="store_true", help="train anew what is there, instead of going on with it")
-        add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where it runs")
+        add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where it runs")
         add("--precision", choices=precisions, default="auto", help="inside the network; auto: bf16 if fast")
         add("--compile", action="store_true", help="torch.compile the network; records CUDA graphs")
         add("--dry-run", action="store_true", help="two steps of everything, into OUT/dry-run")
@@ -1089,11 +1000,10 @@ def prepare_data(args: argparse.Namespace, per_class: int = 0) -> Dataset:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA, else Apple's MPS, else the CPU. Raises UserError for a device that is not there."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if not available.get(name, True):
-        raise UserError(f"--device {name}: not available here; use --device auto")
-    return torch.device(next(n for n, works in available.items() if works) if name == "auto" else name)
+    """`auto` is CUDA where there is a GPU, else the CPU. Raises UserError."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: not available here; use --device auto")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def _cpu_info() -> str:
@@ -1103,21 +1013,16 @@ def _cpu_info() -> str:
 
 def pick_precision(name: str, device: torch.device) -> str:
     """`auto` is bf16 where hardware multiplies it fast (CUDA; CPUs with AMX or AVX512-BF16), else fp32."""
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    fast = {"amx_bf16", "avx512_bf16"} & set(_cpu_info().split())
-    return "bf16" if fast and device.type == "cpu" else "fp32"
+    fast = device.type == "cuda" or {"amx_bf16", "avx512_bf16"} & set(_cpu_info().split())
+    return name if name != "auto" else "bf16" if fast else "fp32"
 
 
 def hardware(device: torch.device) -> str:
     """What the run ran on, in words, for config.json and for tables."""
-    times = f"{ranks()[1]} x " if ranks()[1] > 1 else ""
     if device.type == "cuda":
-        return times + torch.cuda.get_device_name(device)
+        return torch.cuda.get_device_name(device)
     model = re.search(r"model name\s*:\s*(.+)", _cpu_info())
-    return f"{times}{model[1] if model else platform.machine()}, {torch.get_num_threads()} threads"
+    return f"{model[1] if model else platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def _git_commit(folder: Path) -> str:
@@ -1163,8 +1068,7 @@ class Run:
         self.name = self.folder.parent.name
         self.config = self._read("config.json", json.loads)  # a flag that was not given stays None
         self.finished = self._read("result.json", json.loads)
-        lines = self._read("metrics.jsonl", str.splitlines) or []
-        self.history = [json.loads(line) for line in lines]
+        self.history = self._read("metrics.jsonl", lambda text: [*map(json.loads, text.splitlines())]) or []
 
     def _read(self, file: str, parse, unpack=Path.read_text):
         """parse(unpack(path)) of one of the files, None where it is missing."""

@@ -13,6 +13,8 @@
 (c) usual     fp32, NCHW, a DataLoader with two workers that crop and flip PIL images one by one, `.item()`
               after every step
 
+The first line is of the loaders alone: that of (c) against `Batches`, the best of three epochs each.
+
 Images are random, 32 x 32, of 100 classes: no speed here depends on what is in them. Each way has one epoch
 to warm up and then the best of three, in turn, so that a machine that slows down slows all of them.
 """
@@ -27,17 +29,20 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch.utils.data import DataLoader
+from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from loader import MEAN, STD, PILImages  # the benchmark beside this one
-
 import bmls_msclf
 import hug
-from common import Dataset, hardware, open_run, pick_device, pick_precision, split_evenly, table
+from common import Batches, Dataset, hardware, open_run, pick_device, pick_precision, split_evenly, table
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH = 128
+MEAN, STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+CROP, FLIP = transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()
+USUAL = transforms.Compose([CROP, FLIP, transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
 NETWORKS = {  # script and flags
     "ResNet-32": (bmls_msclf, ["--dataset", "cifar100"]),
     "ResNet-18": (hug, ["--dataset", "cifar100"]),
@@ -52,6 +57,37 @@ def random_data(N: int) -> Dataset:
     classes = tuple(map(str, range(100)))
     splits = images[:N], labels[:N], images[N:], labels[N:]
     return Dataset(*splits, classes, torch.tensor(MEAN), torch.tensor(STD), 4, True, "random")
+
+
+def crop_and_flip(batch):
+    """(x, y) of a list of pixels and labels: the usual transforms of PIL images, one by one."""
+    x = torch.stack([USUAL(Image.fromarray(pixels)) for pixels, _ in batch])
+    return x, torch.tensor([label for _, label in batch])
+
+
+def usual_loader(data, device, **options):
+    samples = list(zip(data.train_x.numpy(), data.train_y.tolist(), strict=True))
+    options |= {"num_workers": 2, "collate_fn": crop_and_flip, "pin_memory": device.type == "cuda"}
+    return DataLoader(samples, BATCH, shuffle=True, **options)
+
+
+def loaders(data, device, wait) -> str:
+    """Images per second of the usual loader and of ours."""
+    generator = torch.Generator().manual_seed(0)
+    usual = usual_loader(data, device, persistent_workers=True)
+    batches = Batches(data.train_x, data.mean, data.std, pad=4, flip=True, device=device)
+
+    def ours():
+        return batches.epoch(torch.randperm(batches.N, generator=generator), BATCH, generator)
+
+    def rate(epoch):  # the first epoch to warm up
+        return max([timed(lambda: sum(len(x.to(device)) for x in epoch()), wait) for _ in range(4)][1:])
+
+    slow = rate(lambda: (x for x, _ in usual))
+    fast = rate(lambda: (x for _, x in ours()))
+    return (
+        f"loader, images/s: DataLoader {slow:,.0f}, Batches {fast:,.0f}, {fast / slow:.1f} times (target 10)"
+    )
 
 
 def flags_of(script, words, args, device):
@@ -96,8 +132,7 @@ def usual(script, flags, data, device):
     """(c): what a first script for CIFAR looks like."""
     model = script.build_model(flags, script.METHODS["ce"], data).to(device).train()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=2e-4)
-    images = PILImages(data.train_x, data.train_y)
-    loader = DataLoader(images, BATCH, shuffle=True, num_workers=2, pin_memory=device.type == "cuda")
+    loader = usual_loader(data, device)
 
     def epoch():
         total = 0.0
@@ -138,6 +173,7 @@ def speed(args, device) -> None:
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     data = random_data(args.images or (10_847 if device.type == "cuda" else 4 * BATCH))
     print(f"{hardware(device)}; (a) and (b) in {pick_precision('auto', device)}, channels_last\n")
+    print(loaders(random_data(10_847), device, wait), end="\n\n")
     rows = []
     for name, (script, words) in NETWORKS.items():
         flags = flags_of(script, words, args, device)

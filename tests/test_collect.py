@@ -74,3 +74,18 @@ def test_bad_input(argv, words, tmp_path, capsys, monkeypatch):
         collect.main(argv)
     message = capsys.readouterr().err.strip()
     assert end.value.code == 2 and words in message and "\n" not in message
+
+
+def test_a_stream_has_its_own_columns(tmp_path):
+    for seed, class_il in ((0, 0.30), (1, 0.32)):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        flags = {"method": "er", "mask": True, "seed": seed}
+        config = {"flags": flags, "commit": "0" * 40, "hardware": "abacus"}
+        result = {"method": "er", "class_il": class_il, "task_il": 0.9, "forgetting": 0.1, "seconds": 60}
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "result.json").write_text(json.dumps(result))
+    lines = collect.main([str(tmp_path)]).splitlines()
+    assert lines[0] == "| method | seeds | class-IL % | task-IL % | forgetting % |"
+    assert lines[2] == "| `er` | 2 | 31.00 ± 1.41 | 90.00 ± 0.00 | 10.00 ± 0.00 |"
+    assert not any("Groups" in line for line in lines)  # those of the long-tailed tables

@@ -1,5 +1,6 @@
-"""Accuracy, class sizes, calibration, heads of common.py against plain loops and worked-out cases."""
+"""Accuracy, class sizes, heads, streams and clusterings of common.py: loops, worked cases, invariants."""
 
+import itertools
 import math
 
 import numpy as np
@@ -8,137 +9,90 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common import accuracy_per_class, expected_calibration_error, heads, shot_groups
+import common
+
+# %% Classes by size
 
 
-def test_accuracy_per_class():
-    y = torch.tensor([0, 0, 0, 1, 1, 3])
-    prediction = torch.tensor([0, 2, 0, 1, 1, 0])
-    accuracy = accuracy_per_class(prediction, y, 4)
-    np.testing.assert_array_equal(accuracy, [2 / 3, 1, math.nan, 0])  # no sample of class 2: nan, not 0
-
-
-def members(groups: dict[str, torch.Tensor]) -> list[list[int]]:
+def shot_groups(counts, profile=""):
+    groups = common.shot_groups(torch.tensor(counts), profile)
     assert list(groups) == ["many", "medium", "few"]
-    return [group.tolist() for group in groups.values()]
-
-
-def test_shot_groups_by_the_rule():
-    groups, rule = shot_groups(torch.tensor([19, 500, 101, 100, 20, 1]))  # the bounds themselves are medium
-    assert members(groups) == [[1, 2], [3, 4], [0, 5]]
-    assert "100" in rule and "20" in rule
+    return [classes.tolist() for classes in groups.values()]
 
 
 @pytest.mark.parametrize(
-    "counts, expected",
+    "counts, profile, expected",
     [
-        ([1, 2, 3, 4, 5, 6, 7], [[4, 5, 6], [2, 3], [0, 1]]),
-        ([9, 9, 9, 9, 9, 9], [[0, 1], [2, 3], [4, 5]]),  # ties in label order
-        ([500, 101, 100, 20], [[0, 1], [2], [3]]),  # by the rule none would be few
-        ([7], [[0], [], []]),
+        ([19, 500, 101, 100, 20, 1], "", [[1, 2], [3, 4], [0, 5]]),  # the bounds themselves are medium
+        ([500, 101, 100, 20], "", [[0, 1], [2], [3]]),  # by the published rule none would be few
+        ([1, 2, 3, 4, 5, 6, 7], "exp", [[4, 5, 6], [2, 3], [0, 1]]),
+        ([9, 8, 7, 6, 5, 4, 3, 2, 1, 0], "", [[0, 1, 2, 3], [4, 5, 6], [7, 8, 9]]),
+        ([40, 25, 15, 8, 5, 1, 1, 1, 1, 1], "", [[0, 1, 2, 3], [4], [5, 6, 7, 8, 9]]),
+        ([9, 9, 9, 9, 9, 1], "", [[0, 1, 2, 3, 4], [], [5]]),  # the largest are many, the smallest few
+        ([7, 7, 7], "exp", [[0, 1, 2], [], []]),  # one size: nothing is rare
+        ([5000, 50, 4900, 49], "step", [[0, 2], [], [1, 3]]),  # the small ones have 50, and are the few
+        ([8, 3, 2, 1], "step", [[0, 1], [], [2, 3]]),  # cut at the geometric mean, 2.8; the mean is 4.5
     ],
 )
-def test_shot_groups_in_thirds_where_the_rule_finds_no_many_or_no_few(counts, expected):
-    groups, rule = shot_groups(torch.tensor(counts))
-    assert members(groups) == expected
-    assert "thirds" in rule
+def test_shot_groups(counts, profile, expected):
+    assert shot_groups(counts, profile) == expected
 
 
-@pytest.mark.parametrize(
-    "counts", [[143, 1, 142, 1], [5000, 50, 5000, 50], [30, 4, 30, 4], [143, 28, 142, 29]]
+@given(
+    counts=st.lists(st.sampled_from([1, 2, 7, 19, 20, 50, 100, 101, 200]), min_size=2, max_size=12),
+    profile=st.sampled_from(["", "exp", "step"]),
+    seed=st.integers(0, 99),
 )
-def test_a_step_has_no_medium_classes_and_all_of_its_rare_ones_are_few(counts):
-    groups, rule = shot_groups(torch.tensor(counts))
-    assert members(groups) == [[0, 2], [], [1, 3]]
-    assert "thirds" not in rule
+def test_groups_part_no_size_and_do_not_depend_on_the_numbering(counts, profile, seed):
+    groups = shot_groups(counts, profile)
+    assert sorted(itertools.chain(*groups)) == list(range(len(counts)))
+    many, medium, few = ([counts[k] for k in group] for group in groups)
+    assert many and bool(few) == (len(set(counts)) > 1)
+    assert min(many) > max(medium + few, default=0)
+    assert min(many + medium) > max(few, default=0)
+    order = np.random.default_rng(seed).permutation(len(counts)).tolist()
+    renumbered = shot_groups([counts[k] for k in order], profile)
+    assert [sorted(order[i] for i in group) for group in renumbered] == groups
 
 
-@given(counts=st.lists(st.integers(1, 200), min_size=3, max_size=12))
-def test_every_class_is_in_one_shot_group_and_none_outranks_a_larger_one(counts):
-    many, medium, few = members(shot_groups(torch.tensor(counts))[0])
-    assert sorted(many + medium + few) == list(range(len(counts)))
-    assert many and few
-    size = counts.__getitem__
-    assert min(map(size, many)) >= max(map(size, medium + few))
-    assert min(map(size, many + medium)) >= max(map(size, few))
-
-
-def calibration_error_by_loop(probability: list[list[float]], y: list[int], bins: int) -> float:
-    error = 0.0
-    for b in range(bins):
-        inside = [(max(p), p.index(max(p)) == t) for p, t in zip(probability, y, strict=True)]
-        inside = [(c, right) for c, right in inside if b / bins < c <= (b + 1) / bins]
-        if inside:
-            confidence = sum(c for c, _ in inside) / len(inside)
-            accuracy = sum(right for _, right in inside) / len(inside)
-            error += len(inside) / len(y) * abs(accuracy - confidence)
-    return error
-
-
-@pytest.mark.parametrize("bins", [1, 10, 15])
-def test_calibration_error_is_the_loops(bins):
-    generator = torch.Generator().manual_seed(0)
-    probability = torch.randn(500, 4, generator=generator, dtype=torch.float64).mul(2).softmax(1)
-    y = torch.randint(4, (500,), generator=generator)
-    expected = calibration_error_by_loop(probability.tolist(), y.tolist(), bins)
-    assert expected > 0.1
-    assert expected_calibration_error(probability, y, bins) == pytest.approx(expected, rel=1e-12)
-
-
-def test_calibration_error_uses_fifteen_bins():
-    probability = torch.tensor([[0.66, 0.34], [0.67, 0.33]], dtype=torch.float64)  # 10/15 is in between
-    y = torch.tensor([1, 0])
-    assert expected_calibration_error(probability, y) == pytest.approx((0.66 + 0.33) / 2)
-    for bins in 10, 14, 16, 20:  # in one bin, wrong and right make up for each other
-        assert expected_calibration_error(probability, y, bins) == pytest.approx(abs(1 - 1.33) / 2)
-
-
-def test_calibration_error_at_a_bin_edge():
-    """Bins are open on the left: 1/2 belongs to (0, 1/2], so 1/2 wrong and 3/4 right are in two bins."""
-    probability, y = torch.tensor([[0.5, 0.5], [0.25, 0.75]]), torch.tensor([1, 1])
-    # 1/2 |0 - 1/2| + 1/2 |1 - 3/4|; in one bin it would be |1/2 - 5/8| = 1/8
-    assert expected_calibration_error(probability, y, bins=2) == 0.375
-
-
-@pytest.mark.parametrize("bins", [1, 2, 15])
-def test_calibration_error_at_certainty(bins):
-    sure = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
-    assert expected_calibration_error(sure, torch.tensor([0, 0]), bins) == 0
-    assert expected_calibration_error(sure, torch.tensor([1, 1]), bins) == 1
-
-
-def test_calibration_error_at_confidence_zero():
-    """0 goes to the first bin and 1 to the last: gaps of +1 and -1 that must not meet and cancel."""
-    probability, y = torch.tensor([[0.0, 0.0], [1.0, 0.0]]), torch.tensor([0, 1])
-    assert expected_calibration_error(probability, y) == 1
+def test_accuracies_of_groups_are_means_over_classes():
+    y = torch.tensor([0, 0, 0, 0, 1, 2])
+    z = torch.eye(4)[[0, 0, 0, 1, 1, 0]]  # classes 0, 1, 2 right in 3/4, 1, 0; class 3 has no sample
+    groups = {"many": torch.tensor([0, 1]), "medium": torch.tensor([], dtype=torch.long)}
+    found = common.accuracies(z, y, groups | {"few": torch.tensor([2, 3])})
+    assert list(found) == ["accuracy", "many", "medium", "few", "per_class"]
+    assert found["accuracy"] == pytest.approx(4 / 6)
+    assert found["many"] == pytest.approx(7 / 8) and math.isnan(found["medium"]) and found["few"] == 0
+    np.testing.assert_array_equal(found["per_class"], [3 / 4, 1, 0, math.nan])
 
 
 # %% Heads
 
 
 def test_heads_are_the_loop_over_samples():
-    """The published snippet's four heads, one sample at a time; n_k from 150 down to 4."""
+    """The published heads, one sample at a time; n_k from 150 down to 4."""
     generator = torch.Generator().manual_seed(0)
     sizes = [150, 60, 30, 12, 4]
     K, d = 5, 3
     means = torch.randn(K, d, generator=generator)
     train_y = torch.repeat_interleave(torch.arange(K), torch.tensor(sizes))
     test_y = torch.arange(K).repeat_interleave(40)
-    train_h = means[train_y] + torch.randn(len(train_y), d, generator=generator)
+    train_h = means[train_y] + 2 * torch.randn(len(train_y), d, generator=generator)
     test_h = means[test_y] + torch.randn(len(test_y), d, generator=generator)
     lengths = torch.tensor([[3.0], [2.0], [1.5], [1.0], [0.5]])
     W = lengths * (means + 0.3 * torch.randn(K, d, generator=generator))
     b = torch.randn(K, generator=generator)
-    found = heads(train_h, train_y, test_h, test_y, W, b)
+    features = (train_h, train_y, test_h, test_y)
+    found = common.heads(*features, W, b, few=torch.tensor([3, 4]))
     mu = np.stack([train_h[train_y == k].numpy().mean(0) for k in range(K)])
-    right = {name: [] for name in ("own", "equal_length", "minus_log_n", "nearest_mean")}
+    right = {name: [] for name in common.HEADS}
     for x, k in zip(test_h.double().numpy(), test_y.tolist(), strict=True):
         z = [float(x @ W[j].double().numpy()) for j in range(K)]
         own = [z[j] + float(b[j]) for j in range(K)]
         scores = {
             "own": own,
-            "equal_length": [z[j] / float(W[j].double().norm()) for j in range(K)],
-            "minus_log_n": [own[j] - math.log(sizes[j]) for j in range(K)],
+            "logit_adjustment": [own[j] - math.log(sizes[j]) for j in range(K)],
+            "tau_normalisation": [z[j] / float(W[j].double().norm()) for j in range(K)],
             "nearest_mean": [-float(np.linalg.norm(x - mu[j])) for j in range(K)],
         }
         for name, score in scores.items():
@@ -146,14 +100,93 @@ def test_heads_are_the_loop_over_samples():
     expected = {}
     for name, of_samples in right.items():
         expected[name] = np.mean(of_samples)
-        expected[f"{name}_few"] = np.mean(of_samples[-80:])  # the classes of 12 and 4 images
+        expected[f"{name}_few"] = np.mean(of_samples[-80:])
     assert found == pytest.approx(expected, rel=1e-12)
     assert list(found) == list(expected)
     assert len({found[name] for name in right}) == 4  # the heads differ on this input
 
+    cosine = common.heads(*features, W, b, softmax=False)
+    undefined = {name for name, value in cosine.items() if math.isnan(value)}
+    assert undefined == {"logit_adjustment", *(f"{name}_few" for name in right)}  # no classes are few
+    assert cosine["nearest_mean"] == found["nearest_mean"]
 
-def test_heads_do_without_biases():
+
+def test_heads_without_biases_and_without_test_samples_of_a_class():
     h, y = torch.eye(3), torch.arange(3)
-    assert heads(h, y, h, y, torch.eye(3))["own"] == 1
-    with pytest.raises(ValueError, match="class 2 has no sample"):
-        heads(h[:2], y[:2], h, y, torch.eye(3))
+    assert set(common.heads(h, y, h[:2], y[:2], torch.eye(3), few=y[:1]).values()) == {1.0}
+    assert math.isnan(common.heads(h, y, h[:2], y[:2], torch.eye(3), few=y[2:])["own_few"])
+
+
+# %% Streams of tasks
+
+
+def test_tasks_of_classes(user_error):
+    assert common.split_tasks(10, 5).tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    for tasks in (0, 4):
+        with user_error(f"--tasks {tasks}", "1 to 3"):
+            common.split_tasks(3, tasks)
+
+
+LIMITS = (lambda task, own: True, lambda task, own: task == own)  # of class-IL, of task-IL
+
+
+@given(st.integers(0, 50))
+def test_class_il_and_task_il_are_loops_over_images(seed):
+    generator = torch.Generator().manual_seed(seed)
+    z, y = torch.randn(40, 8, generator=generator), torch.randint(6, (40,), generator=generator)
+    y[:3] = torch.tensor([0, 1, 4])
+    task = torch.tensor([0, 1, 0, 1, 2, 2, 3, 3])  # no image is of the last task
+    for found, allowed in zip(common.task_accuracies(z, y, task), LIMITS, strict=True):
+        for t in range(3):
+            images = [n for n in range(40) if task[y[n]] == t]
+            classes = [k for k in range(8) if allowed(task[k], t)]
+            right = sum(max(classes, key=lambda k, n=n: float(z[n, k])) == int(y[n]) for n in images)
+            assert math.isclose(float(found[t]), right / len(images))
+        assert found[3].isnan()
+
+
+def test_stream_metrics_by_hand():
+    R = torch.tensor([[0.9, 0.9, 0.0], [0.95, 0.8, 0.2], [0.5, 0.85, 0.7]])
+    summary = common.stream_metrics(R)
+    assert summary == pytest.approx({
+        "average": (0.5 + 0.85 + 0.7) / 3,
+        "stream_average": (0.9 + (0.95 + 0.8) / 2 + (0.5 + 0.85 + 0.7) / 3) / 3,
+        # task 0: best before the end 0.95, at the end 0.5; task 1, once learned: 0.8, then 0.85
+        "forgetting": (0.45 - 0.05) / 2,
+        "backward_transfer": (-0.4 + 0.05) / 2,
+    })  # fmt: skip
+    R[:, 1] = math.nan  # a task without test images is left out
+    summary = common.stream_metrics(R)
+    assert summary["average"] == pytest.approx(0.6)
+    assert summary["stream_average"] == pytest.approx((0.9 + 0.95 + 0.6) / 3)
+    assert summary["forgetting"] == pytest.approx(0.45)
+    assert summary["backward_transfer"] == pytest.approx(-0.4)
+
+
+def test_a_joint_run_has_an_average_only():
+    joint = common.stream_metrics(torch.tensor([[0.5, 0.7]]))
+    assert joint.pop("average") == pytest.approx(0.6) and all(map(math.isnan, joint.values()))
+    single = common.stream_metrics(torch.tensor([[0.5]]))
+    assert single["average"] == single["stream_average"] == 0.5
+    assert math.isnan(single["forgetting"]) and math.isnan(single["backward_transfer"])
+
+
+# %% Clustering agreement
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=2, max_size=30))
+def test_agreement_against_counting(pairs):
+    cluster, y = np.array(pairs).T
+    N, found = len(y), common.clustering_agreement(cluster, y)
+    purity = sum(np.bincount(y[cluster == c]).max() for c in set(cluster.tolist())) / N
+    best = max(sum(np.array(p)[cluster] == y) for p in itertools.permutations(range(3))) / N
+    assert found["purity"] == pytest.approx(purity) and found["matched"] == pytest.approx(best)
+
+
+def test_agreement_does_not_see_the_numbering():
+    y = np.array([0, 0, 1, 1, 2, 2, 2])
+    assert set(common.clustering_agreement(np.array([7, 7, 3, 3, 5, 5, 5]), y).values()) == {1.0}
+    split = common.clustering_agreement(np.array([0, 4, 1, 1, 2, 2, 3]), y)  # pure, but more clusters
+    assert split["purity"] == 1 and split["matched"] == pytest.approx(5 / 7)
+    crossed = common.clustering_agreement(np.array([0, 1, 0, 1]), np.array([0, 0, 1, 1]))  # independent
+    assert crossed == pytest.approx({"purity": 0.5, "nmi": 0, "ari": -0.5, "matched": 0.5}, abs=1e-12)
