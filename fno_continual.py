@@ -497,8 +497,7 @@ def embed(model: nn.ModuleDict, images: Tensor, data: common.Dataset, run: commo
             h = model["network"](x)
         hs.append(h.float())
         zs.append(model["classifier"](h))
-    where = common.metric_device(run.device)
-    return torch.cat(hs).to(where), torch.cat(zs).to(where)
+    return torch.cat(hs), torch.cat(zs)
 
 
 def test(model: nn.ModuleDict, mask: bool, data: common.Dataset, present: Tensor, run: common.Run) -> dict:
