@@ -537,7 +537,7 @@ def measure(model: nn.ModuleDict, data: common.Dataset, run: common.Run) -> dict
     R = torch.tensor([line["class_il"] for line in ends], dtype=torch.float64)  # (tasks, tasks)
     R_own = torch.tensor([line["task_il"] for line in ends], dtype=torch.float64)
     stream = common.stream_metrics(R)
-    sums = common.class_sums(train_h, train_y, K)
+    M = common.class_means(train_h, train_y, K)
     prediction = test_z.argmax(1)
     return {
         "class_il": stream["average"],
@@ -549,9 +549,8 @@ def measure(model: nn.ModuleDict, data: common.Dataset, run: common.Run) -> dict
         "fit": float(np.mean([line["fit"] for line in ends])),
         "own_energy": own_energy(test_h, test_y, W.argmax(0), K),
         "old_cosine_W": common.mean_pairwise_cosine(W, old.to(W.device)),
-        "nc1": common.nc1(train_h, train_y, sums)[0],
-        "nc3": common.self_duality(W, sums.centred),
-        **common.zero_mean_metrics(sums.mean, W),
+        "nc3": common.self_duality(W, M - M.mean(0)),
+        **common.zero_mean_metrics(M, W),
         "matrix_class_il": R.tolist(),
         "matrix_task_il": R_own.tolist(),
     }
@@ -611,11 +610,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     switch = argparse.BooleanOptionalAction
     add("--classifier", nargs="+", default=kinds, choices=kinds, help="fno: needs d >= K")
     add("--mask", action=switch, help="softmax of new images over their task; else both ways")
-    add("--buffer", type=common.at_least(2), nargs="+", help="images kept, one or more sizes")
-    add("--tasks", type=common.at_least(1), help="number of tasks")
+    add("--buffer", type=int, nargs="+", help="images kept, one or more sizes")
+    add("--tasks", type=int, help="number of tasks")
     add("--bias", action=switch, default=True, help="of the learnable classifier")
     add("--net", choices=["mlp", "cnn", "resnet18"], help="features behind a ReLU; mlp: split MNIST's")
-    add("--per-class", type=common.at_least(2), help="training images of each class; else all")
+    add("--per-class", type=int, help="training images of each class; else all")
     args = flags.parse(argv, METHODS, ["sgd", "er", "joint"], RECIPES, eval_every=None)
     if args.dry_run:
         args.epochs = 2  # of one step each, so that the second one replays

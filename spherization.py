@@ -832,14 +832,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = flags.add_argument
     add("--task", choices=list(TASKS), default=task, help="what is compared; each has its own --help")
     add("--net", choices=nets, default=net, help="network")
-    add("--radius", type=common.positive, default=5.0, help="r")
-    add("--scale", type=common.positive, default=5.0, help="s at the start; 1 for three dimensions")
-    add("--episodes", type=common.at_least(1), default=100, help="fewshot: of an epoch")
-    add("--test-episodes", type=common.at_least(2), default=2000, help="fewshot: of the test")
+    add("--radius", type=float, default=5.0, help="r")
+    add("--scale", type=float, default=5.0, help="s at the start; 1 for three dimensions")
+    add("--episodes", type=int, default=100, help="fewshot: of an epoch")
+    add("--test-episodes", type=int, default=2000, help="fewshot: of the test")
     add("--model", help="analogy: an encoder's name or folder, for transformers (default: a small one)")
-    add("--text", type=common.a_path, help="analogy: sentences, one per line (default: a small language)")
-    add("--analogies", type=common.a_path, help="analogy: questions, as in questions-words.txt")
-    add("--contexts", type=common.at_least(0), default=4, help="analogy: sentences for a word's vector")
+    add("--text", type=Path, help="analogy: sentences, one per line (default: a small language)")
+    add("--analogies", type=Path, help="analogy: questions, as in questions-words.txt")
+    add("--contexts", type=int, default=4, help="analogy: sentences for a word's vector")
     args = flags.parse(argv, METHODS[task], list(METHODS[task]), recipes, eval_every=5)
     files = [args.model, args.text, args.analogies]
     if any(files) and not (all(files) and task == "analogy"):
