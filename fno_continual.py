@@ -543,7 +543,6 @@ def measure(model: nn.ModuleDict, data: common.Dataset, run: common.Run) -> dict
         "class_il": stream["average"],
         "task_il": common.stream_metrics(R_own)["average"],
         "forgetting": stream["forgetting"],
-        "backward_transfer": stream["backward_transfer"],
         "accuracy": float((prediction == test_y).double().mean()),
         "train_accuracy": float((train_z.argmax(1) == train_y).double().mean()),
         "fit": float(np.mean([line["fit"] for line in ends])),

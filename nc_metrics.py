@@ -363,7 +363,7 @@ def directions(V: Tensor, few: Tensor) -> dict[str, float]:
     """How class vectors or centred class means V (K, d) are spread; few: the rare classes."""
     return {
         "nc2_equinorm": common.equinorm(V),
-        "nc2_equiangular": common.equiangularity(V),
+        "nc2_equiangular": float((common.pairwise_cosines(V) + 1 / (len(V) - 1)).abs().mean()),
         "gnc_riesz2_energy": float((torch.pdist(common.unit(V)) ** -2).mean()),
         "gnc_smallest_angle": common.smallest_angle(V),
         "gnc_one_vs_rest": float(common.one_vs_rest_distance(V).min()),

@@ -51,7 +51,7 @@ every_script = pytest.mark.parametrize("name", SHORT)
 
 @pytest.fixture
 def run_script(tmp_path):
-    """run_script(name, out, *words): its main in this process, on the CPU in fp32; the folders of its runs."""
+    """run_script(name, out, *words): its main in this process, on the CPU, in fp32; the runs."""
 
     def run(name, out, *words):
         script = importlib.import_module(name)
