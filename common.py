@@ -733,7 +733,8 @@ class Flags(argparse.ArgumentParser):
         for flag, value in vars(args).items():
             for one in value if isinstance(value, list) else [value]:
                 name = f"--{flag.replace('_', '-')} {one}"
-                if type(one) in (int, float) and not (0 < one < 2**63 or (one == 0 and flag in MAY_BE_0)):
+                inside = type(one) not in (int, float) or 0 < one < (2**63 if type(one) is int else math.inf)
+                if not inside and not (one == 0 and flag in MAY_BE_0):
                     raise UserError(f"{name}: expected a number above 0{' or 0' * (flag in MAY_BE_0)}")
                 if str(one).startswith("~"):
                     raise UserError(f"{name}: the shell knows no such user; write the path out")
@@ -1018,7 +1019,7 @@ def runs(args: argparse.Namespace, data: Dataset, jobs: dict[str, dict] | None =
     for name, job in (jobs or {name: {} for name in args.method}).items():
         for seed in args.seed:
             folder = args.folder / name / f"seed{seed}"
-            lock = filelock.FileLock(folder / ".lock")  # goes when the process dies
+            lock = filelock.FileLock(folder / ".lock", is_singleton=True)  # until this process dies
             with first_rank_first():
                 try:
                     folder.mkdir(parents=True, exist_ok=True)

@@ -69,7 +69,7 @@ def run_until_killed():
 
     def die(main, argv, kind, n):
         if kind == "step":
-            torch.optim.SGD.step = counting(torch.optim.SGD.step, lambda _: 1, n)
+            torch.optim.Optimizer.zero_grad = counting(torch.optim.Optimizer.zero_grad, lambda _: 1, n)
         else:
             os.replace = counting(os.replace, lambda args: str(args[1]).endswith("checkpoint.pt"), n)
         main(argv)
