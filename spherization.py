@@ -352,7 +352,7 @@ def build_encoder(args: argparse.Namespace, name: str, data: "Language") -> nn.M
             raise common.UserError(f"--model {args.model}: has no weights for {absent[0]}")
         sizes = encoder.get_input_embeddings().embedding_dim, encoder.config.hidden_size
         if sizes[0] != sizes[1]:  # the embeddings are to name the tokens
-            raise common.UserError(f"--model {args.model}: embeddings of {sizes[0]}, states of {sizes[1]}")
+            raise common.UserError(f"--model {args.model}: embeddings and hidden states differ in size, {sizes}")
     if name == "sphere+tuned":
         try:
             spherize_last_block(encoder, args.radius, args.scale)
