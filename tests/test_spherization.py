@@ -139,7 +139,7 @@ def test_every_method_can_be_built(task):
         if task != "fewshot":
             assert model["head"](h).shape == (3, 10)
         if name.endswith("-3d"):
-            assert h.shape[1] == 3
+            assert h.shape[1] == 3 and getattr(model["layer"], "s", 1) == 1
 
 
 def test_overlap_has_no_neighbours_without_another_class_or_a_direction():
