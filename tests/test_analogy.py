@@ -175,7 +175,7 @@ def test_what_cannot_be_read_is_one_line(stand_in, tmp_path, user_error, monkeyp
     refused([], "--model stand-in", "no weights for blocks.1")
     stand_in.missing = ["pooler.weight"]
     stand_in.AutoConfig.hidden_size = 128
-    refused([], "--model stand-in", "differ in size", "64", "128")
+    refused([], "--model stand-in", "sizes", "64", "128")
     stand_in.AutoTokenizer.is_fast = False
     refused([], "--model stand-in", "fast tokenizer")
     monkeypatch.setitem(sys.modules, "transformers", None)  # as if it were not installed
