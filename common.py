@@ -737,7 +737,7 @@ class Flags(argparse.ArgumentParser):
                 if not inside and not (one == 0 and flag in MAY_BE_0):
                     raise UserError(f"{name}: expected a number above 0{' or 0' * (flag in MAY_BE_0)}")
                 if str(one).startswith("~"):
-                    raise UserError(f"{name}: the shell knows no such user; write the path out")
+                    raise UserError(f"{name}: no such user; write the path out")
         if {"RANK", "WORLD_SIZE"} & os.environ.keys() and "MASTER_ADDR" not in os.environ:
             raise UserError("RANK or WORLD_SIZE is set, but torchrun did not start this; unset both")
         if ranks()[1] > 1 and self.script not in ("bmls_msclf", "etf_dr"):
@@ -971,9 +971,8 @@ class Run:
             return state["epoch"]
 
         unpack = functools.partial(torch.load, map_location="cpu", weights_only=True)  # no code
-        epoch = self._read("checkpoint.pt", load, unpack) or 0
-        self.history = self.history[:epoch]
-        return epoch
+        self.history = self.history[: self._read("checkpoint.pt", load, unpack) or 0]
+        return len(self.history)
 
     def _save(self, epoch: int, parts: dict) -> None:
         state = {"epoch": epoch, "rng": torch.get_rng_state()}

@@ -55,7 +55,7 @@ from torch import Tensor, nn
 # %%
 def lower_bound(n: int, delta: float = 1e-6) -> float:
     """phi_L, in radians, from sin(phi_L)^n = delta: 0.001 at n = 2, 1.27 at 300, 1.49 at 4096."""
-    return min(math.asin(delta ** (1 / n)), 0.99 * math.pi / 2)  # the cap (released) is for n > 110,000
+    return min(math.asin(delta ** (1 / n)), 0.99 * math.pi / 2)  # released: capped
 
 
 # %% [markdown]
@@ -189,9 +189,9 @@ def answer_analogies(V: Tensor, questions: Tensor) -> Tensor:
 
 
 # %% Imports of the other cells
-import argparse
 import itertools
 import zlib
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -228,8 +228,8 @@ def check_theory(folder: Path) -> dict:
     norm = x.norm(dim=1) / 5
     farthest = float(norm[(norm - 1).abs().argmax()])
     smallest = float(x[:, -1].min()) / 5 / 1e-6
-    claims.equal("4096 angles, float32: the point is on the sphere, norm / radius", 1, farthest, 1e-6)
-    claims.equal("   no coordinate fades below delta: smallest / delta", 1, smallest, 2e-5)
+    claims.equal("4096 angles, float32: norm / radius", 1, farthest, 1e-6)
+    claims.equal("   no coordinate fades: smallest / delta", 1, smallest, 2e-5)
     figure = Figure(figsize=(8, 4), layout="constrained")
     look = common.styles(range(K))
     drawn = {"one ReLU unit": F.pad(ray, (0, 1)), "one angle": arc}
@@ -258,7 +258,7 @@ def lenet(shape: tuple[int, int, int]) -> tuple[list[nn.Module], int]:
     pad = 2 if H == 28 else 0
     h, w = (((side + 2 * pad - 4) // 2 - 4) // 2 for side in (H, W))
     if min(h, w) < 1:
-        raise common.UserError(f"--net lenet: needs images of 16 x 16 or more, not {H} x {W}")
+        raise common.UserError(f"--net lenet: images of 16 x 16 or more, not {H} x {W}")
     layers = [nn.ZeroPad2d(pad), nn.Conv2d(C, 6, 5), nn.ReLU(), nn.MaxPool2d(2)]
     layers += [nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()]
     layers += [nn.Linear(16 * h * w, 120), nn.ReLU(), nn.Linear(120, 84)]
@@ -272,13 +272,13 @@ class CosineHead(nn.Linear):
         return F.normalize(h, dim=1) @ F.normalize(self.weight, dim=1).T
 
 
-def build_classifier(args: argparse.Namespace, name: str, data: common.Dataset) -> nn.ModuleDict:
+def build_classifier(args: Namespace, name: str, data: common.Dataset) -> nn.ModuleDict:
     """Images (B, C, H, W) -> trunk -> z (B, n) -> layer -> h (B, d) -> head -> logits (B, K)."""
     layers, n = {"mlp": mlp, "lenet": lenet}[args.net](tuple(data.train_x.shape[1:]))
     if name.endswith("-3d"):
         layers += [nn.ReLU(), nn.Linear(n, 2 if name == "sphere-3d" else 3)]
         n = layers[-1].out_features
-    scale = 1.0 if name == "sphere-3d" else args.scale  # at 5 its angles would end at 0 or 90 degrees
+    scale = 1.0 if name == "sphere-3d" else args.scale  # 5 is too steep for two angles
     on_sphere = name.startswith("sphere")
     layer = Spherization(n, args.radius, scale) if on_sphere else nn.ReLU()
     Head = CosineHead if name == "cosine" else nn.Linear
@@ -287,7 +287,7 @@ def build_classifier(args: argparse.Namespace, name: str, data: common.Dataset) 
 
 
 # %%
-def build_embedding(args: argparse.Namespace, name: str, data: common.Dataset) -> nn.ModuleDict:
+def build_embedding(args: Namespace, name: str, data: common.Dataset) -> nn.ModuleDict:
     """Conv-4 (Snell et al. 2017): images (B, C, H, W) -> trunk -> z (B, 64) -> layer -> h (B, d)."""
     last = name.partition("+")[2]
     H, W, C = data.train_x.shape[1:]
@@ -317,7 +317,7 @@ class Encoder(nn.Module):
         self.tokens.weight.data *= 0.1  # small, since they name the tokens too
         self.places = nn.Parameter(0.1 * torch.randn(7, d))
         self.norm = nn.LayerNorm(d)
-        gelu = nn.Sequential(nn.GELU())  # a bare GELU's fused inference would pass by what replaces it
+        gelu = nn.Sequential(nn.GELU())  # PyTorch would pass by what replaces a bare one
         block = nn.TransformerEncoderLayer(d, 4, 4 * d, 0.0, gelu, batch_first=True)
         self.blocks = nn.TransformerEncoder(block, 2, enable_nested_tensor=False)
 
@@ -338,10 +338,10 @@ def pretrained(kind: str, model: str, **options):
         return getattr(transformers, kind).from_pretrained(model, **options)
     except Exception as error:  # of many kinds
         reason = str(error).partition("\n")[0]
-        raise common.UserError(f"--model {model}: cannot be loaded by transformers ({reason})") from None
+        raise common.UserError(f"--model {model}: transformers cannot load it ({reason})") from None
 
 
-def build_encoder(args: argparse.Namespace, name: str, data: "Language") -> nn.ModuleDict:
+def build_encoder(args: Namespace, name: str, data: "Language") -> nn.ModuleDict:
     """The encoder of --model, or our own; for sphere methods with the layer in its last block."""
     if not args.model:
         encoder = Encoder(data.mask + 1)
@@ -352,7 +352,7 @@ def build_encoder(args: argparse.Namespace, name: str, data: "Language") -> nn.M
             raise common.UserError(f"--model {args.model}: has no weights for {absent[0]}")
         sizes = encoder.get_input_embeddings().embedding_dim, encoder.config.hidden_size
         if sizes[0] != sizes[1]:  # the embeddings are to name the tokens
-            raise common.UserError(f"--model {args.model}: embeddings of {sizes[0]}, states of {sizes[1]}")
+            raise common.UserError(f"--model {args.model}: sizes of embeddings and states differ, {sizes}")
     if name == "sphere+tuned":
         try:
             spherize_last_block(encoder, args.radius, args.scale)
@@ -367,28 +367,28 @@ def build_encoder(args: argparse.Namespace, name: str, data: "Language") -> nn.M
 # %%
 METHODS = {
     "retain": {
-        "plain": "ReLU and a linear layer with bias: the baseline",
-        "sphere": "the Spherization layer and a linear layer without bias",
+        "plain": "ReLU, and a linear layer with bias: the baseline",
+        "sphere": "the layer, and a linear layer without bias",
         "plain-3d": "the baseline with features of three dimensions",
         "sphere-3d": "two angles: features on an eighth of a sphere",
     },
     "overlap": {
         "none": "inner product, no bias",
-        "sphere": "the Spherization layer, inner product, no bias",
-        "cosine": "cosine, whatever the lengths of features and class vectors",
+        "sphere": "the layer, inner product, no bias",
+        "cosine": "cosine of feature and class vector",
     },
     "fewshot": {
         "euclidean": "Conv-4 as it is, squared distance to a prototype",
         "euclidean+last": "a convolution for its last max-pool",
-        "euclidean+sphere": "that, and the Spherization layer",
+        "euclidean+sphere": "that, and the layer",
         "cosine": "Conv-4 as it is, cosine to a prototype",
         "cosine+last": "a convolution for its last max-pool",
-        "cosine+sphere": "that, and the Spherization layer",
+        "cosine+sphere": "that, and the layer",
     },
     "analogy": {
         "plain": "the encoder as it is before training",
-        "plain+tuned": "trained to name the tokens of sentences: the baseline",
-        "sphere+tuned": "the same with the Spherization layer in the last block",
+        "plain+tuned": "trained to name tokens: the baseline",
+        "sphere+tuned": "the same with the layer in the last block",
     },
 }
 RECIPES = {  # network, data; those of digits and of our own encoder are ours
@@ -402,7 +402,7 @@ RECIPES = {  # network, data; those of digits and of our own encoder are ours
 }
 
 
-def learning_rate(epoch: int, args: argparse.Namespace) -> float:
+def learning_rate(epoch: int, args: Namespace) -> float:
     """--lr: Conv-4 halves it after each tenth of the epochs; digits have a tenth of it in the last fifth."""
     if args.net == "conv4":
         return args.lr * 0.5 ** (10 * epoch // args.epochs)
@@ -417,10 +417,10 @@ def learning_rate(epoch: int, args: argparse.Namespace) -> float:
 WAY = 5  # classes of an episode, each with
 SHOTS = 5  # labelled images and
 QUERIES = 15  # images to be classified
-FC100 = {"train": (1, 2, 3, 4, 5, 6, 9, 10, 15, 17, 18, 19), "test": (0, 7, 12, 14)}  # superclasses
+FC100 = {"train": (1, 2, 3, 4, 5, 6, 9, 10, 15, 17, 18, 19), "test": (0, 7, 12, 14)}
 
 
-def split_by_class(args: argparse.Namespace, data: common.Dataset) -> dict[str, tuple[Tensor, Tensor]]:
+def split_by_class(args: Namespace, data: common.Dataset) -> dict:
     """Images and labels of the classes to train and to test on. Raises UserError for too few of them."""
     x = torch.cat([data.train_x, data.test_x])
     y = torch.cat([data.train_y, data.test_y])
@@ -440,7 +440,7 @@ def split_by_class(args: argparse.Namespace, data: common.Dataset) -> dict[str, 
 
 
 # %%
-def train_images(args: argparse.Namespace, run: common.Run, data: common.Dataset) -> dict:
+def train_images(args: Namespace, run: common.Run, data: common.Dataset) -> dict:
     """Train one method with one seed, from its last checkpoint on. Returns what was measured at the end."""
     few_shot = args.task == "fewshot"
     metric = run.name.partition("+")[0]
@@ -452,7 +452,7 @@ def train_images(args: argparse.Namespace, run: common.Run, data: common.Dataset
     trunk, layer, *head = run.prepare(model)  # speed only: --compile
     optimizer = torch.optim.Adam(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=run.fused)
     images = common.Batches(x, data.mean, data.std, device=run.device)
-    queries = torch.arange(WAY, device=run.device).repeat_interleave(QUERIES)  # (WAY * QUERIES,)
+    queries = torch.arange(WAY, device=run.device).repeat_interleave(QUERIES)
 
     for epoch in run.epochs(args.epochs, model=model, optimizer=optimizer, generator=generator):
         optimizer.param_groups[0]["lr"] = learning_rate(epoch, args)
@@ -462,7 +462,7 @@ def train_images(args: argparse.Namespace, run: common.Run, data: common.Dataset
             order = torch.randperm(len(y), generator=generator)
         labels = y[order].to(run.device)
         model.train()
-        for part, batch in images.epoch(order, args.batch_size):  # (B, C, H, W); few-shot: one episode
+        for part, batch in images.epoch(order, args.batch_size):  # (B, C, H, W)
             with run.autocast():  # bf16 inside the network only
                 z = trunk(batch)  # (B, n)
             h = layer(z.float())  # (B, d); d = n + 1 and ||h|| = r on the sphere
@@ -475,7 +475,7 @@ def train_images(args: argparse.Namespace, run: common.Run, data: common.Dataset
             loss.backward()
             optimizer.step()
             run.add_loss(loss)  # stays on the device; read once per epoch
-        if run.is_test_epoch(epoch) and not few_shot:  # every --eval-every epochs, and after the last one
+        if run.is_test_epoch(epoch) and not few_shot:
             h = embed(model, data.test_x, data, run)
             run.log(accuracy=share_right(model["head"](h).argmax(1), data.test_y))
     return (measure_prototypes if few_shot else measure_classifier)(args, run, model, data)
@@ -543,14 +543,14 @@ def read_lines(path: Path) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
-def pretrained_language(args: argparse.Namespace) -> Language:
+def pretrained_language(args: Namespace) -> Language:
     """--text and --analogies, split by the tokenizer of --model. Raises UserError."""
     tokenizer = pretrained("AutoTokenizer", args.model, add_prefix_space=True)  # RoBERTa: a word's space
     positions = getattr(pretrained("AutoConfig", args.model), "max_position_embeddings", 512)
-    most = min(128, positions - 2) - 2  # without begin and end; RoBERTa counts positions from 2
+    most = min(128, positions - 2) - 2  # RoBERTa begins at position 2
     special = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id
     if None in special or not tokenizer.is_fast:
-        raise common.UserError(f"--model {args.model}: expected a fast tokenizer with [CLS], [SEP], [MASK]")
+        raise common.UserError(f"--model {args.model}: no fast tokenizer with [CLS], [SEP], [MASK]")
 
     def split(line: str) -> list[tuple]:
         encoded = tokenizer(line, add_special_tokens=False, truncation=True, max_length=most + 1)
@@ -567,13 +567,13 @@ def pretrained_language(args: argparse.Namespace) -> Language:
             continue
         if len(line.split()) != 4:
             raise common.UserError(f"--analogies {args.analogies}: {line!r}, expected four words")
-        four = split(line)  # left out where they are not four different pieces that the tokenizer knows
+        four = split(line)  # no question: two alike, or one unknown
         if len(four) == len(set(four)) == 4 and tokenizer.unk_token_id not in sum(four, ()):
             questions.append(four)
     return Language([split(line) for line in read_lines(args.text)], questions, *special)
 
 
-def prepare_language(args: argparse.Namespace) -> Language:
+def prepare_language(args: Namespace) -> Language:
     """What --text and --analogies hold, or the small language; settles args.device and args.precision."""
     args.device = common.pick_device(args.device)
     args.precision = common.pick_precision(args.precision, args.device)
@@ -586,7 +586,7 @@ def prepare_language(args: argparse.Namespace) -> Language:
         data = data._replace(sentences=data.sentences[: 2 * args.batch_size])
     words = {word for four in data.questions for word in four}
     if not data.sentences or not words:
-        raise common.UserError("--text, --analogies: no sentence, or no question of words that --model knows")
+        raise common.UserError("--text, --analogies: no sentence, or no question of known words")
     sizes = f"{len(data.questions):,} questions of {len(words):,} words"
     lost = len(words.difference(*data.sentences))
     print(f"{len(data.sentences):,} sentences; {sizes}, of which {lost:,} stand in no sentence")
@@ -598,7 +598,7 @@ def prepare_language(args: argparse.Namespace) -> Language:
 # ## An encoder learns to name the tokens of sentences by its input embeddings
 # [released: no token masked, SGD without momentum] Our own small encoder has a fifth masked, and Adam.
 # %%
-def train_encoder(args: argparse.Namespace, run: common.Run, data: Language) -> dict:
+def train_encoder(args: Namespace, run: common.Run, data: Language) -> dict:
     """Train one encoder with one seed; returns which analogies its word vectors answer."""
     torch.manual_seed(run.seed)  # initial weights and dropout
     generator = torch.Generator().manual_seed(run.seed)  # order and masks
@@ -654,7 +654,7 @@ TAUS = (1e-4, 1e-3, 1e-2, 5e-2, 0.1)  # 1 - cosine: 0.8, 2.6, 8, 18, 26 degrees
 KEPT = 10_000  # training images that are measured, so that features.npz stays small
 
 
-def measure_classifier(args: argparse.Namespace, run: common.Run, model: nn.ModuleDict, data: common.Dataset):
+def measure_classifier(args: Namespace, run: common.Run, model: nn.ModuleDict, data: common.Dataset):
     """Everything that is measured after training a classifier; writes features.npz."""
     head = model["head"]
     kept = common.keep_per_class(data.train_y, KEPT // len(data.classes))
@@ -678,12 +678,12 @@ def measure_classifier(args: argparse.Namespace, run: common.Run, model: nn.Modu
         wrong = head(test_h).argmax(1) != test_y
         gap = 1 - overlap(test_h, test_y)
         result["near_shares"] = [float((gap < tau).double().mean()) for tau in TAUS]
-        result["near_errors"] = [float(wrong[gap < tau].double().mean()) for tau in TAUS]  # share of these
+        result["near_errors"] = [float(wrong[gap < tau].double().mean()) for tau in TAUS]
         result["near"] = result["near_shares"][2]  # tau = 0.01
     return result
 
 
-def measure_prototypes(args: argparse.Namespace, run: common.Run, model: nn.ModuleDict, data: common.Dataset):
+def measure_prototypes(args: Namespace, run: common.Run, model: nn.ModuleDict, data: common.Dataset):
     """Accuracy with 1 and 5 shots, of test and training classes; writes features.npz, which has no W."""
     metric = run.name.partition("+")[0]
     result = {"chance": 1 / WAY}
@@ -720,7 +720,7 @@ def word_vectors(encoder: nn.Module, words: list[tuple], contexts: int, data: La
     return torch.stack(states).cpu(), torch.stack(inputs).cpu()
 
 
-def measure_analogies(args: argparse.Namespace, run: common.Run, encoder: nn.Module, data: Language) -> dict:
+def measure_analogies(args: Namespace, run: common.Run, encoder: nn.Module, data: Language) -> dict:
     """Shares of questions that are answered right."""
     words = sorted({word for four in data.questions for word in four})
     number = {word: i for i, word in enumerate(words)}
@@ -735,17 +735,17 @@ def measure_analogies(args: argparse.Namespace, run: common.Run, encoder: nn.Mod
 
 BARS = {"fewshot": {"1 shot": "accuracy_1shot", "5 shots": "accuracy"}, "analogy": {"3CosAdd": "offset"}}
 COLUMNS = {  # entry of result.json: title, unit, what it is
-    "accuracy": ("accuracy", "%", "of the test images after the last epoch, or of queries with 5 shots"),
-    "train_accuracy": ("train", "%", "the same of the training images (10,000 at most), or classes"),
-    "best_accuracy": ("best", "%", "highest accuracy of the tested epochs, chosen on the test set"),
+    "accuracy": ("accuracy", "%", "of test images after the last epoch, or of queries with 5 shots"),
+    "train_accuracy": ("train", "%", "the same of training images (10,000 at most) or classes"),
+    "best_accuracy": ("best", "%", "highest of the tested epochs, chosen on the test set"),
     "angle_accuracy": ("by angle", "%", "right by the nearest class mean, by cosine"),
-    "norm_spread": ("norm spread", "%", "std / mean of the test features' lengths; 0 on a sphere"),
-    "within_cosine": ("within cos", "", "mean cosine of a test feature and the mean of its class"),
-    "near": ("near", "%", "of the test samples with 1 - cosine < 0.01 to one of another class"),
+    "norm_spread": ("norm spread", "%", "std / mean of the features' lengths; 0 on a sphere"),
+    "within_cosine": ("within cos", "", "mean cosine of a feature and its class's mean"),
+    "near": ("near", "%", "of the samples with 1 - cosine < 0.01 to one of another class"),
     "accuracy_1shot": ("1-shot", "%", "of queries with one labelled image per class"),
-    "offset": ("3CosAdd", "%", "of the questions whose d is the word nearest to b - a + c"),
-    "inputs": ("inputs", "%", "3CosAdd of the same model's input embeddings"),
-    "chance": ("chance", "%", "by chance: one of five classes, or of the questions' words but a, b and c"),
+    "offset": ("3CosAdd", "%", "of questions whose d is nearest to b - a + c"),
+    "inputs": ("inputs", "%", "3CosAdd of the input embeddings"),
+    "chance": ("chance", "%", "of one of five classes, or of all words but a, b, c"),
 }
 
 
@@ -760,7 +760,7 @@ def draw_figures(folder: Path, runs: list[common.Run]) -> None:
         points = {}
         for name, seeds in results.items():
             points[name] = (TAUS, 100 * np.mean([seed["near_shares"] for seed in seeds], 0))
-        axes = {"xlabel": "tau = 1 - cosine", "ylabel": "test samples near another class (%)"}
+        axes = {"xlabel": "tau = 1 - cosine", "ylabel": "samples near another class (%)"}
         common.curves(folder / "overlap.png", points, style, xscale="log", **axes)
     elif task in BARS:
         bars = {}
@@ -769,7 +769,7 @@ def draw_figures(folder: Path, runs: list[common.Run]) -> None:
             label = f"{name}  {',  '.join(common.mean_std(of, 1) for of in values.values())}"
             bars[label] = values
             style[label] = style[name]
-        axes = {"ylabel": "answered right (%), from chance on", "ylim": (100 * seeds[0]["chance"], None)}
+        axes = {"ylabel": "right (%), from chance on", "ylim": (100 * seeds[0]["chance"], None)}
         common.bars(folder / f"{task}.png", bars, style, **axes)
     elif any(name.endswith("-3d") for name in results):
         draw_octant(folder / "octant.png", runs)
@@ -799,7 +799,7 @@ def draw_octant(path: Path, runs: list[common.Run]) -> None:
 # %% [markdown]
 # # 6. Command line
 # %%
-def prepare_images(args: argparse.Namespace) -> common.Dataset:
+def prepare_images(args: Namespace) -> common.Dataset:
     """The images of --dataset. Raises UserError."""
     data = common.prepare_data(args, per_class=SHOTS + QUERIES if args.task == "fewshot" else 0)
     if args.task == "fewshot":
@@ -817,33 +817,33 @@ TASKS = {  # networks; how data, model and run are made
 }
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
+def parse(argv: list[str] | None = None) -> Namespace:
     """The command line, with every default filled in. Raises UserError."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("--task", "--net", "--model"):  # methods and defaults depend on these
         first.add_argument(flag, nargs="?")
     given = first.parse_known_args(argv)[0]
-    task = given.task if given.task in TASKS else "retain"  # what is invalid is reported below
+    task = given.task if given.task in TASKS else "retain"
     nets = TASKS[task][0]
     net = given.net if given.net in nets else nets[0]
     recipe = "pretrained" if task == "analogy" and given.model else net
     recipes = {"": RECIPES[recipe], "digits": RECIPES.get(f"{recipe} digits", {})}
     flags = common.Flags("spherization", __doc__)
     add = flags.add_argument
-    add("--task", choices=list(TASKS), default=task, help="what is compared; each has its own --help")
+    add("--task", choices=list(TASKS), default=task, help="each has its own --help")
     add("--net", choices=nets, default=net, help="network")
     add("--radius", type=float, default=5.0, help="r")
-    add("--scale", type=float, default=5.0, help="s at the start; 1 for three dimensions")
+    add("--scale", type=float, default=5.0, help="s at the start")
     add("--episodes", type=int, default=100, help="fewshot: of an epoch")
     add("--test-episodes", type=int, default=2000, help="fewshot: of the test")
-    add("--model", help="analogy: an encoder's name or folder, for transformers (default: a small one)")
-    add("--text", type=Path, help="analogy: sentences, one per line (default: a small language)")
-    add("--analogies", type=Path, help="analogy: questions, as in questions-words.txt")
-    add("--contexts", type=int, default=4, help="analogy: sentences for a word's vector")
+    add("--model", help="analogy: encoder, a name or folder for transformers (default: ours)")
+    add("--text", type=Path, help="analogy: sentences, one per line")
+    add("--analogies", type=Path, help="analogy: questions-words.txt")
+    add("--contexts", type=int, default=4, help="analogy: sentences per word")
     args = flags.parse(argv, METHODS[task], list(METHODS[task]), recipes, eval_every=5)
     files = [args.model, args.text, args.analogies]
     if any(files) and not (all(files) and task == "analogy"):
-        raise common.UserError("--model, --text and --analogies: all three go together, with --task analogy")
+        raise common.UserError("--model, --text, --analogies: all three together, with --task analogy")
     if task == "analogy" and args.dataset != "digits":
         raise common.UserError(f"--dataset {args.dataset}: --task analogy has --text instead")
     if task == "fewshot" and args.batch_size != WAY * (SHOTS + QUERIES):
