@@ -971,8 +971,9 @@ class Run:
             return state["epoch"]
 
         unpack = functools.partial(torch.load, map_location="cpu", weights_only=True)  # no code
-        self.history = self.history[: self._read("checkpoint.pt", load, unpack) or 0]
-        return len(self.history)
+        epoch = self._read("checkpoint.pt", load, unpack) or 0
+        self.history = self.history[:epoch]
+        return epoch
 
     def _save(self, epoch: int, parts: dict) -> None:
         state = {"epoch": epoch, "rng": torch.get_rng_state()}
@@ -1127,8 +1128,7 @@ def command_line(main) -> None:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        go_on = "the same command (without --overwrite) goes on after the last whole epoch"
-        print(f"\ninterrupted; {go_on}", file=sys.stderr)
+        print("\ninterrupted; the same command, without --overwrite, goes on", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
