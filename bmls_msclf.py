@@ -119,7 +119,7 @@ class BalancedMixedLabelSampler:
         return images
 
     def state_dict(self) -> dict:
-        left = [images.clone() for images in self.left]  # as a view, all that it is part of would be saved
+        left = [images.clone() for images in self.left]  # a view would be saved whole
         return {"sweep": self.sweep.clone(), "cycles": list(self.cycles), "left": left}
 
     def load_state_dict(self, state: dict) -> None:
@@ -253,7 +253,7 @@ def soft_labels(share: Tensor, method: str, alpha: float = 1.0) -> tuple[Tensor,
         return eye, share
     pairs = {
         "mixup": share[:, None] * share,
-        "bmls": (1 + eye) / (K * (K + 1)),  # K (K+1) / 2 unordered pairs; (i, j) and (j, i) share one
+        "bmls": (1 + eye) / (K * (K + 1)),  # (i, j) and (j, i) share one
     }
     std = 1 / math.sqrt(4 * (2 * alpha + 1))  # of Beta(alpha, alpha)
     mixed = [lam * eye[:, None] + (1 - lam) * eye for lam in (1 / 2 - std, 1 / 2 + std)]  # (K, K, K) each
@@ -288,14 +288,12 @@ def rare_cosine(method: str, times: float, alpha: float = 1.0) -> float:
 def check_theory(folder: Path) -> dict:
     """Print the chapter's story, each claim against direct optimisation; draw both figures into folder."""
     claims = common.Claims()
-    claims.equal(
-        "Few images: all five rare classes share one vector, cosine", 1, rare_cosine("ce", 0.9), 1e-6
-    )
+    claims.equal("Few images: the rare share one vector, cosine", 1, rare_cosine("ce", 0.9), 1e-6)
     edge = common.locate(lambda times: rare_cosine("ce", times) > 0.99, 0.9, 1.15)
     claims.equal("They do up to (n_B/N) / (lambda_W lambda_H) =", 1, edge, 0.01)
     edge = common.locate(lambda times: rare_cosine("mixup", times) > 0.99, 1.35, 1.7)
     claims.equal("Mixup moves this threshold to (2 alpha+1)/(alpha+1) =", 3 / 2, edge, 0.015)
-    claims.at_most("Between the two, at 1.25, cross-entropy does not: cosine", 0.5, rare_cosine("ce", 1.25))
+    claims.at_most("At 1.25, in between, cross-entropy does not: cosine", 0.5, rare_cosine("ce", 1.25))
     claims.equal("   Mixup does: cosine", 1, rare_cosine("mixup", 1.25), 1e-6)
     claims.equal("   BMLS gives a simplex, cosine -1/(K-1) =", -1 / 9, rare_cosine("bmls", 1.25), 1e-6)
     counts = {name: count_pairs(sampler) for name, sampler in SAMPLERS.items()}
@@ -386,6 +384,7 @@ class ResNet32(nn.Module):
 # [end copied]
 
 
+# %%
 # [copied: smallcnn]
 class SmallCNN(nn.Module):
     """Three 3x3 convolutions with BatchNorm, ReLU and max-pool: (B, C, H, W) -> h (B, 128), h >= 0.
@@ -409,6 +408,8 @@ class SmallCNN(nn.Module):
 
 # [end copied]
 
+
+# %%
 NETWORKS = {"resnet32": ResNet32, "cnn": SmallCNN}
 SCALE = 16.0  # factor of the logits of a cosine head
 
@@ -429,7 +430,7 @@ class BiasFreeHead(nn.Module):
             Q = torch.linalg.qr(torch.randn(d, K)).Q  # (d, K), orthonormal columns
             W = math.sqrt(K / (K - 1)) * (torch.eye(K) - 1 / K) @ Q.T
         else:
-            W = torch.empty(K, d).uniform_(-1, 1) / math.sqrt(d)  # nn.Linear's default start
+            W = torch.empty(K, d).uniform_(-1, 1) / math.sqrt(d)  # as nn.Linear
         self.W = nn.Parameter(W, requires_grad=not fixed)
 
     def forward(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -448,7 +449,7 @@ def build_model(args: argparse.Namespace, name: str, data: common.Dataset) -> nn
     network = NETWORKS[args.net](data.train_x.shape[3])
     fixed = args.classifier == "etf"
     if fixed and network.d < K:
-        raise common.UserError(f"--classifier etf: {K} classes, but features have {network.d} dimensions")
+        raise common.UserError(f"--classifier etf: {K} classes in {network.d} dimensions")
     cosine = fixed or ("ms" in METHODS[name] and args.ms != "raw")
     return nn.ModuleDict({"network": network, "classifier": BiasFreeHead(K, network.d, cosine, fixed)})
 
@@ -459,14 +460,14 @@ def build_model(args: argparse.Namespace, name: str, data: common.Dataset) -> nn
 
 
 # %%
-METHODS = {  # name: sampler, loss, mixed? (if not, the first image is trained on and lam is 1), what it is
-    "ce": ("instance", "ce", False, "cross-entropy: images as they come"),
-    "balanced-softmax": ("instance", "prior", False, "balanced softmax: cross-entropy of z + log n"),
-    "cb": ("class", "ce", False, "class-balanced: cross-entropy of class-balanced draws"),
-    "mixup": ("instance", "mixup", True, "Mixup: of two shuffles of the training images"),
-    "cb-mixup": ("class", "mixup", True, "balanced Mixup: of two class-balanced draws"),
-    "bmls": ("balanced", "mixup", True, "BMLS: Mixup with exactly balanced pairs of classes (remedy 1)"),
-    "cb+ms": ("class", "ms", True, "MS-Clf: class-balanced draws with the Mixed-Singleton loss"),
+METHODS = {  # sampler, loss, are two images mixed? (else lam is 1), what it is
+    "ce": ("instance", "ce", False, "cross-entropy"),
+    "balanced-softmax": ("instance", "prior", False, "balanced softmax: CE of z + log n"),
+    "cb": ("class", "ce", False, "class-balanced: unmixed draws"),
+    "mixup": ("instance", "mixup", True, "Mixup: of two shuffles"),
+    "cb-mixup": ("class", "mixup", True, "balanced Mixup: of two balanced draws"),
+    "bmls": ("balanced", "mixup", True, "BMLS: exactly balanced pairs (remedy 1)"),
+    "cb+ms": ("class", "ms", True, "MS-Clf: balanced draws (remedy 2)"),
     "bmls+ms": ("balanced", "ms", True, "BMLS + MS-Clf: both remedies"),
 }
 ABOUT = {name: method[-1] for name, method in METHODS.items()}
@@ -528,8 +529,8 @@ def train(args: argparse.Namespace, run: common.Run, data: common.Dataset) -> di
         # An epoch is N mixed samples, so that every method takes the same number of steps
         pairs = sampler.draw(N)  # (N, 2): the two images of each mixed sample
         labels = data.train_y[pairs].to(run.device)  # (N, 2)
-        batches = images.epoch(pairs, args.batch_size, generator)  # every draw has a crop and flip of its own
-        seed = int(torch.randint(2**31, (), generator=generator))  # torch's own Beta takes no generator
+        batches = images.epoch(pairs, args.batch_size, generator)  # each its own crop and flip
+        seed = int(torch.randint(2**31, (), generator=generator))  # torch has no such Beta
         lams = torch.from_numpy(np.random.default_rng(seed).beta(args.alpha, args.alpha, steps)).float()
         lams = lams.to(run.device) if mixes else torch.ones(steps, device=run.device)
         model.train()
@@ -542,9 +543,9 @@ def train(args: argparse.Namespace, run: common.Run, data: common.Dataset) -> di
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            run.add_loss(loss)  # stays on the device; read once per epoch
+            run.add_loss(loss)  # read once per epoch
         run.log(lr=lr)
-        if run.is_test_epoch(epoch):  # every --eval-every epochs, and after the last one
+        if run.is_test_epoch(epoch):  # and after the last one
             run.log(**test(model, data, run))
     return measure(model, data, run)
 
@@ -596,12 +597,12 @@ def measure(model: nn.ModuleDict, data: common.Dataset, run: common.Run) -> dict
 
 COLUMNS = {  # entry of result.json: title, unit, what it is
     "accuracy": ("accuracy", "%", "of the test images after the last epoch"),
-    "few": ("few", "%", "of the rare classes' test images; which these are: shot_groups in common.py"),
-    "minority_cosine_W": ("cos few", "", "mean cosine of the few's class vectors; 1 is minority collapse"),
+    "few": ("few", "%", "of the rare classes' test images"),
+    "minority_cosine_W": ("cos few", "", "mean cosine of the few's class vectors; 1: collapse"),
     "train_accuracy": ("train", "%", "of the training images, unaugmented"),
     "train_few": ("train few", "%", "of the few's training images"),
-    "heads.logit_adjustment": ("logit adj.", "%", "right once log n_k is taken off the logits"),
-    "heads.nearest_mean": ("near mean", "%", "right by the nearest class mean of the same features"),
+    "heads.logit_adjustment": ("logit adj.", "%", "with log n_k taken off the logits"),
+    "heads.nearest_mean": ("near mean", "%", "by the nearest class mean"),
 }
 
 
@@ -628,12 +629,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = flags.add_argument
     add("--net", choices=list(NETWORKS), help="network")
     add("--classifier", choices=["learnable", "etf"], default="learnable", help="etf: fixed, d >= K - 1")
-    add("--alpha", type=float, default=1.0, help="lam is drawn from Beta(alpha, alpha)")
+    add("--alpha", type=float, default=1.0, help="of lam's Beta(alpha, alpha)")
     add("--pairs", choices=["unordered", "distinct"], default="unordered", help="what BMLS balances")
-    add("--ms", choices=["raw", "unit", "dot"], default="raw", help="reading of the Mixed-Singleton loss")
+    add("--ms", choices=["raw", "unit", "dot"], default="raw", help="reading of MS-Clf")
     args = flags.parse(argv, ABOUT, ["ce", "mixup", "bmls+ms"], RECIPES, dataset="digitslt", eval_every=5)
     if args.ms == "dot" and args.classifier != "etf":
-        raise common.UserError("--ms dot: add --classifier etf; without negatives a learnable one collapses")
+        raise common.UserError("--ms dot: add --classifier etf, a fixed one")
     return args
 
 
@@ -651,7 +652,7 @@ def main(argv: list[str] | None = None) -> dict:
     runs = common.finished_runs(args, data)
     common.print_table(runs, COLUMNS, ABOUT)
     draw_class_vectors(args.folder / "class_vectors.png", runs)
-    print(f"figure: {args.folder / 'class_vectors.png'}; a red block at the lower right is minority collapse")
+    print(f"figure: {args.folder / 'class_vectors.png'}; red block at the lower right: collapse")
     return {"results": [run.finished for run in runs], "folder": str(args.folder)}
 
 

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 import zlib
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +31,7 @@ import filelock
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -42,7 +44,7 @@ class UserError(Exception):
 
 # %% ------------------------------------------------------------------------------------------------- Data
 
-SPECS = {  # K, (H, W, C), zero padding of the random crop, mirrored left-right? (a mirrored digit is none)
+SPECS = {  # K, (H, W, C), padding of the random crop, mirrored left-right?
     "digits": (10, (8, 8, 1), 1, False),
     "mnist": (10, (28, 28, 1), 2, False),
     "fashionmnist": (10, (28, 28, 1), 4, True),
@@ -89,7 +91,7 @@ def split_name(name: str) -> tuple[str, bool, str]:
     base = base.removesuffix("lt")
     if (base == "folder" and path) or (base in SPECS and not colon):
         return base, long_tailed, os.path.expanduser(path)
-    raise UserError(f"--dataset {name}: expected {', '.join(SPECS)}, folder:PATH, or one with lt: cifar100lt")
+    raise UserError(f"--dataset {name}: expected {', '.join(SPECS)}, folder:PATH, or cifar100lt")
 
 
 def load_dataset(
@@ -101,7 +103,7 @@ def load_dataset(
     """
     base, long_tailed, path = split_name(name)
     if test_share and base != "folder":
-        raise UserError(f"--test-share {test_share:g}: {base} has test images; only a folder may need it")
+        raise UserError(f"--test-share {test_share:g}: only a folder may need it")
     folder = base == "folder"
     arrays = _read_folder(Path(path).resolve(), image_size, test_share) if folder else _read(base, data_dir)
     classes = arrays["classes"]
@@ -109,7 +111,7 @@ def load_dataset(
     for key in ("train_x", "train_y", "test_x", "test_y"):
         checksum = zlib.crc32(arrays[key].numpy(), checksum)
     sizes = f"{len(arrays['train_y'])}+{len(arrays['test_y'])} images, {len(classes)} classes"
-    parts = [part.flatten(0, 2) for part in arrays["train_x"].split(100)]  # less memory than all in float64
+    parts = [part.flatten(0, 2) for part in arrays["train_x"].split(100)]  # in float64
     pixels = arrays["train_x"][..., 0].numel()
     mean = sum(part.double().sum(0) for part in parts) / pixels / 255  # (C,)
     square = sum(part.double().square().sum(0) for part in parts) / pixels / 255**2
@@ -118,7 +120,7 @@ def load_dataset(
     rest = {"pad": pad, "flip": flip, "fingerprint": f"{sizes}, {checksum:08x}"}
     data = Dataset(**arrays, mean=mean.float(), std=std.float(), **rest)
     if len(classes) < 2:
-        raise UserError(f"--dataset {name}: its only class is {classes[0]}; expected two classes or more")
+        raise UserError(f"--dataset {name}: its only class is {classes[0]}; expected two")
     if data.counts.min() == 0:
         raise UserError(f"--dataset {name}: class {classes[data.counts.argmin()]} has no training image")
     if not long_tailed:
@@ -128,7 +130,7 @@ def load_dataset(
     n = data.counts
     ratio = float(n.max() / n.min())
     if abs(ratio / imbalance - 1) > 0.1:
-        print(f"{name}: images per class have a ratio of {ratio:.4g}, not {imbalance:g}", file=sys.stderr)
+        print(f"{name}: a ratio of {ratio:.4g}, not {imbalance:g}", file=sys.stderr)
     return data
 
 
@@ -149,14 +151,14 @@ def _read(name: str, data_dir: str | Path) -> dict:
             labels = y.dtype.kind in "iu" and y.ndim == 1 and len(y) and 0 <= y.min() and y.max() < K
             if not images or not labels or len(fields["classes"]) != K:
                 wrong = f"{x_name} {x.shape} {x.dtype}, {y_name} {y.shape} {y.dtype}"
-                raise ValueError(f"{wrong}; expected (N, *{shape}) uint8, N labels below {K}, {K} classes")
+                raise ValueError(f"{wrong}; expected (N, *{shape}) uint8, labels below {K}")
             fields[x_name] = torch.from_numpy(np.ascontiguousarray(x))
             fields[y_name] = torch.from_numpy(y.astype(np.int64))
         return fields
-    except Exception as error:  # the parsers of zip, npy and IDX files raise many kinds
+    except Exception as error:  # parsers raise many kinds
         reason = " ".join(str(error).split()) or type(error).__name__
-        where = kept if kept.exists() else f"--dataset {name}: neither {kept} nor torchvision's files"
-        remedy = "delete or replace it" if kept.exists() else "delete what is damaged, connect to a network"
+        where = kept if kept.exists() else f"--dataset {name}: no {kept}"
+        remedy = "delete or replace it" if kept.exists() else "connect to a network"
         raise UserError(f"{where}: cannot be read ({reason}); {remedy}") from error
 
 
@@ -201,10 +203,10 @@ def _read_folder(path: Path, size: int, test_share: float) -> dict:
         x, y, classes = _read_images(path / "train", size)
         test_x, test_y, test_classes = _read_images(path / "test", size)
         if classes != test_classes:
-            raise ValueError(f"train and test have different classes, {set(classes) ^ set(test_classes)}")
+            raise ValueError(f"different classes, {set(classes) ^ set(test_classes)}")
         return dict(train_x=x, train_y=y, test_x=test_x, test_y=test_y, classes=classes)
     except (OSError, ValueError) as error:  # no such folder, a class without an image, too few to split
-        layout = "PATH/train/CLASS/IMAGE and PATH/test/CLASS/IMAGE, or PATH/CLASS/IMAGE with --test-share 0.2"
+        layout = "PATH/train/CLASS/IMAGE and PATH/test, or PATH/CLASS/IMAGE with --test-share 0.2"
         raise UserError(
             f"--dataset folder:{path}: {' '.join(str(error).split())}; expected {layout}"
         ) from error
@@ -221,9 +223,9 @@ def _read_images(root: Path, size: int) -> tuple[Tensor, Tensor, tuple[str, ...]
     needed = len(files) * size * size * 3 / 2**30
     pages = ("SC_PAGE_SIZE", "SC_PHYS_PAGES")
     memory = math.prod(map(os.sysconf, pages)) / 2**30 if hasattr(os, "sysconf") else 32
-    if needed > memory / 4:  # the loader's padded copy takes more than as much again
+    if needed > memory / 4:  # the loader's padded copy needs more
         sizes = f"--image-size {size} makes {needed:.3g} GiB, of {memory:.3g}"
-        raise UserError(f"--dataset folder:{root}: too large for memory: {sizes}; lower it")
+        raise UserError(f"--dataset folder:{root}: memory is too small: {sizes}")
     images = torch.empty(len(files), size, size, 3, dtype=torch.uint8)
     options = {"collate_fn": functools.partial(_read_image, size=size), "generator": torch.Generator()}
     workers = min(8, torch.get_num_threads(), len(files) // 1000)
@@ -231,7 +233,7 @@ def _read_images(root: Path, size: int) -> tuple[Tensor, Tensor, tuple[str, ...]
     for i, file in enumerate(tqdm(files, "reading images", leave=False, disable=None)):
         try:
             images[i] = next(reader)
-        except Exception as error:  # of many kinds; a worker's text has its traceback before it
+        except Exception as error:  # a worker's text begins with its traceback
             reason = str(error).strip().rpartition("\n")[2]
             raise UserError(f"{file}: not a readable image ({reason}); replace or remove it") from error
     classes = tuple(os.fsencode(name).decode(errors="replace") for name in names)  # printable
@@ -259,7 +261,7 @@ def long_tail_counts(K: int, n_max: float, imbalance: float, profile: str = "exp
     step: the first half of the classes keeps n_max, the others get n_max / IF (Buda et al. 2018).
     """
     if not 1 <= imbalance < float("inf"):
-        raise UserError(f"--imbalance {imbalance:g}: expected largest over smallest class, 1 or more")
+        raise UserError(f"--imbalance {imbalance:g}: expected 1 or more")
     counts = {
         "exp": [int(n_max * (1 / imbalance) ** (k / max(K - 1, 1))) for k in range(K)],
         "step": [int(n_max) if k < K - K // 2 else int(n_max / imbalance) for k in range(K)],
@@ -308,10 +310,10 @@ def coarse_labels(classes: tuple[str, ...], grouping: str) -> tuple[Tensor, tupl
     K = len(classes)
     if grouping == "superclasses":
         if (classes[0], classes[-1], K) != ("apple", "worm", 100):
-            raise UserError("--coarse superclasses: only CIFAR-100 has them; use --coarse pairs")
+            raise UserError("--coarse superclasses: only CIFAR-100 has them")
         return torch.tensor([int(k) for k in COARSE.split()]), tuple(f"superclass {k}" for k in range(20))
     if K % 2 or K < 4:
-        raise UserError(f"--coarse pairs: {K} classes; expected an even number of them, 4 or more")
+        raise UserError(f"--coarse pairs: {K} classes; expected 4, 6, 8, ...")
     names = zip(classes[: K // 2], classes[K // 2 :], strict=True)
     return torch.arange(K) % (K // 2), tuple(f"{a}+{b}" for a, b in names)
 
@@ -336,7 +338,7 @@ class Batches:
         self.pad = pad
         self.flip = flip
         self.device = torch.device(device)
-        self.padded = torch.nn.functional.pad(images, (0, 0, pad, pad, pad, pad)).to(device)
+        self.padded = F.pad(images, (0, 0, pad, pad, pad, pad)).to(device)
         self.rows = torch.arange(self.H, device=device)
         self.columns = torch.arange(self.W, device=device)
         # (x / 255 - mean) / std = x * scale + shift, repeated over a row so that it vectorises
@@ -711,11 +713,11 @@ class Flags(argparse.ArgumentParser):
         self.script = script
 
     def error(self, message: str):
-        raise UserError(message)  # one line instead of the usage text; command_line makes it exit code 2
+        raise UserError(message)  # one line; command_line exits with 2
 
     def parse(
         self, argv: list[str] | None, methods: dict[str, str], usual: list[str], recipes: dict, **defaults
-    ) -> argparse.Namespace:
+    ) -> Namespace:
         """The flags, with `folder`: OUT/SCRIPT/DATASET. Raises UserError.
 
         methods: {name: what it is}; usual: without --method. recipes: {data set, or "": {flag: default}}.
@@ -735,13 +737,13 @@ class Flags(argparse.ArgumentParser):
                 name = f"--{flag.replace('_', '-')} {one}"
                 inside = type(one) not in (int, float) or 0 < one < (2**63 if type(one) is int else math.inf)
                 if not inside and not (one == 0 and flag in MAY_BE_0):
-                    raise UserError(f"{name}: expected a number above 0{' or 0' * (flag in MAY_BE_0)}")
+                    raise UserError(f"{name}: expected a number above 0")
                 if str(one).startswith("~"):
                     raise UserError(f"{name}: no such user; write the path out")
         if {"RANK", "WORLD_SIZE"} & os.environ.keys() and "MASTER_ADDR" not in os.environ:
-            raise UserError("RANK or WORLD_SIZE is set, but torchrun did not start this; unset both")
+            raise UserError("RANK or WORLD_SIZE is left over; unset them, or use torchrun")
         if ranks()[1] > 1 and self.script not in ("bmls_msclf", "etf_dr"):
-            raise UserError(f"torchrun: {self.script}.py is for one process; bmls_msclf.py and etf_dr.py go")
+            raise UserError("torchrun: only for bmls_msclf.py and etf_dr.py")
         args.script = self.script
         args.compared = own | COMPARED
         args.method = list(methods) if "all" in args.method else list(dict.fromkeys(args.method))
@@ -756,20 +758,20 @@ class Flags(argparse.ArgumentParser):
     def _add_shared(self, names: list[str]) -> None:
         add = self.add_argument_group("shared by all scripts").add_argument
         add("--dataset", default="digits", help=f"{', '.join(SPECS)}, folder:PATH; long-tailed: cifar10lt")
-        add("--data-dir", type=Path, default=Path("data"), help="where NAME.npz is kept and downloads go")
-        add("--imbalance", type=float, default=100.0, help="lt: largest class over smallest")
+        add("--data-dir", type=Path, default=Path("data"), help="of NAME.npz, and of downloads")
+        add("--imbalance", type=float, default=100.0, help="lt: largest over smallest class")
         add("--profile", choices=["exp", "step"], default="exp", help="lt: shape of the long tail")
         add("--image-size", type=int, default=32, help="folder: pixels")
-        add("--test-share", type=float, default=0.0, help="folder without train/, test/: to test on")
-        add("--method", nargs="+", choices=names, metavar="M", help="one or more, or all; see below")
-        add("--seed", type=int, nargs="+", default=[0], help="one or more; of weights and crops")
+        add("--test-share", type=float, default=0.0, help="folder without train/, test/")
+        add("--method", nargs="+", choices=names, metavar="M", help="see below, or all")
+        add("--seed", type=int, nargs="+", default=[0], help="one or more")
         add("--epochs", type=int, help="passes over the training images")
         add("--batch-size", type=int, help="images per step")
         add("--lr", type=float, help="peak learning rate")
         add("--weight-decay", type=float, help="on all parameters")
-        add("--eval-every", type=int, default=1, help="epochs from test to test; the last is tested")
-        add("--out", type=Path, default=Path("runs"), help="run folders: OUT/SCRIPT/DATASET/METHOD/seedS")
-        add("--overwrite", action="store_true", help="train anew what is there, instead of going on with it")
+        add("--eval-every", type=int, default=1, help="epochs from test to test")
+        add("--out", type=Path, default=Path("runs"), help="where runs go")
+        add("--overwrite", action="store_true", help="train anew what is there")
         add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where it runs")
         add(
             "--precision",
@@ -777,9 +779,9 @@ class Flags(argparse.ArgumentParser):
             default="auto",
             help="auto: bf16 where it is fast",
         )
-        add("--compile", action="store_true", help="torch.compile the network; records CUDA graphs")
-        add("--dry-run", action="store_true", help="two steps of everything, into OUT/dry-run")
-        add("--synthetic", action="store_true", help="check the theory; trains no network")
+        add("--compile", action="store_true", help="torch.compile the network")
+        add("--dry-run", action="store_true", help="two steps, into OUT/dry-run")
+        add("--synthetic", action="store_true", help="check the theory")
 
 
 # Shared flags that decide what is computed: with other values a run is another one. A chapter's own all do.
@@ -788,7 +790,7 @@ COMPARED |= {"weight_decay", "eval_every", "precision", "compile"}
 MAY_BE_0 = {"seed", "weight_decay", "test_share", "dim", "contexts"}
 
 
-def prepare_data(args: argparse.Namespace, per_class: int = 0) -> Dataset:
+def prepare_data(args: Namespace, per_class: int = 0) -> Dataset:
     """The data of --dataset; settles args.device and args.precision. per_class: images kept in a dry run."""
     least = 3 * ranks()[1]  # no batch holds a single image then, which has no variance for BatchNorm
     if args.batch_size < least:
@@ -820,7 +822,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if ranks()[1] > 1 and not dist.is_initialized():
-        wait = datetime.timedelta(days=1)  # the others wait while rank 0 reads data, tests and draws
+        wait = datetime.timedelta(days=1)  # while rank 0 tests, draws
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=wait)
     return device
 
@@ -886,7 +888,7 @@ class Run:
         path = self.folder / file
         try:
             return parse(unpack(path)) if path.exists() else None
-        except Exception:  # zip, json and torch raise many kinds for a damaged file; to the user they are one
+        except Exception:  # parsers raise many kinds
             raise UserError(f"{path}: cannot be read; --overwrite the run, or change --out") from None
 
     def _write(self, file: str, text: str) -> None:
@@ -953,7 +955,7 @@ class Run:
 
     def _stop(self, epoch: int, reason: str):
         kept = f"epoch {epoch}, {self.folder / 'checkpoint.pt'}" if epoch else "none"
-        raise UserError(f"{self.title}: {reason}; lower --lr, --overwrite. Last good checkpoint: {kept}")
+        raise UserError(f"{self.title}: {reason}; lower --lr. Last good checkpoint: {kept}")
 
     def _restore(self, parts: dict) -> int:
         """Load the last checkpoint into parts; how many epochs are done. The history is cut back to it."""
@@ -1011,7 +1013,7 @@ class Run:
         return "" if self.config["common"] == zlib.crc32(Path(__file__).read_bytes()) else "common.py"
 
 
-def runs(args: argparse.Namespace, data: Dataset, jobs: dict[str, dict] | None = None) -> Iterator[Run]:
+def runs(args: Namespace, data: Dataset, jobs: dict[str, dict] | None = None) -> Iterator[Run]:
     """Each run that is still to be trained, new or interrupted; meanwhile its folder is this process's own.
 
     jobs: {run name: its flags}, where runs differ in more than method and seed. Raises UserError.
@@ -1035,18 +1037,18 @@ def runs(args: argparse.Namespace, data: Dataset, jobs: dict[str, dict] | None =
             lock.release()
 
 
-def _setting(args: argparse.Namespace, data: Dataset, job: dict) -> dict:
+def _setting(args: Namespace, data: Dataset, job: dict) -> dict:
     """What a run is defined by, beside its method and seed: flags that decide what is computed, and data."""
     flags = {key: getattr(args, key) for key in sorted(args.compared)}
     return json.loads(json.dumps({**flags, **job, "data": data.fingerprint}, default=str))
 
 
-def _open(folder: Path, args: argparse.Namespace, setting: dict, seed: int) -> Run:
+def _open(folder: Path, args: Namespace, setting: dict, seed: int) -> Run:
     """The run in this folder: a new one with its config.json, or the one that is there. Raises UserError."""
     if not ranks()[0]:
         for left in folder.glob(".*.part*"):  # by a kill
             left.unlink()
-        for file in Run.FILES if args.overwrite else ():  # the result first: without it, no run is finished
+        for file in Run.FILES if args.overwrite else ():  # the result first
             (folder / file).unlink(missing_ok=True)
     run = Run(folder)
     run.args = args
@@ -1081,7 +1083,7 @@ def _open(folder: Path, args: argparse.Namespace, setting: dict, seed: int) -> R
     return run
 
 
-def finished_runs(args: argparse.Namespace, data: Dataset, jobs: dict[str, dict] | None = None) -> list[Run]:
+def finished_runs(args: Namespace, data: Dataset, jobs: dict[str, dict] | None = None) -> list[Run]:
     """Every finished run of args.folder with this setting, of whatever method and seed."""
     names = list(jobs or args.method)
     differ = {flag for job in (jobs or {}).values() for flag in job}
@@ -1117,9 +1119,7 @@ def command_line(main) -> None:
         return
     if ranks()[0]:
         sys.stdout = open(os.devnull, "w")  # only rank 0 prints
-    codecs.register_error(
-        "plain", lambda error: ("+-" if error.object[error.start] == "±" else "?", error.end)
-    )
+    codecs.register_error("plain", lambda e: ("+-" if e.object[e.start] == "±" else "?", e.start + 1))
     sys.stdout.reconfigure(errors="plain")  # ± or a class name may not exist in the terminal's encoding
     try:
         result = main()

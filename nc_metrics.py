@@ -309,7 +309,7 @@ RECIPES = {  # lr: that of SGD, from the released ZNC code for ResNet-18; digits
     "fashionmnist": {"lr": 0.13},
     "digits": {"epochs": 100, "batch_size": 64, "net": "cnn", "lr": 0.05, "weight_decay": 2e-2},
 }
-MEASURED = {round(1.2**i) for i in range(50)}  # epochs 1, 2, 3, 4, 5, 6, 7, 9, 11, ...: even on a log axis
+MEASURED = {round(1.2**i) for i in range(50)}  # epochs, even on a log axis
 
 
 # %%
@@ -334,7 +334,7 @@ def train(args: argparse.Namespace, run: common.Run, fine: common.Dataset) -> di
         optimizer.param_groups[0]["lr"] = lr
         order = torch.randperm(N, generator=generator)  # (N,)
         labels = train_y[order.to(run.device)]
-        right = torch.zeros((), device=run.device)  # images that were classified right as they came
+        right = torch.zeros((), device=run.device)  # images classified right
         model.train()
         for part, x in images.epoch(order, args.batch_size):
             y = labels[part]  # (B,)
