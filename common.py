@@ -1075,21 +1075,20 @@ def runs(args: argparse.Namespace, data: Dataset, jobs: dict[str, dict] | None =
         for seed in args.seed:
             folder = args.folder / name / f"seed{seed}"
             lock = filelock.FileLock(folder / ".lock")  # goes when the process dies
-            with first_rank_first():
-                try:
+            try:
+                with first_rank_first():
                     folder.mkdir(parents=True, exist_ok=True)
                     if not ranks()[0]:
                         lock.acquire(timeout=0)
-                except filelock.Timeout:
-                    raise UserError(
-                        f"{folder}: another command is at work here; wait, or change --out"
-                    ) from None
-                except OSError as error:
-                    raise UserError(f"{folder}: cannot be written ({error.strerror}); change --out") from None
-                run = _open(folder, args, _setting(args, data, job), seed)
-            if not run.finished:
-                yield run
-            lock.release()
+                    run = _open(folder, args, _setting(args, data, job), seed)
+                if not run.finished:
+                    yield run
+            except filelock.Timeout:
+                raise UserError(f"{folder}: another command is at work here; change --out") from None
+            except OSError as error:
+                raise UserError(f"{folder}: cannot be written ({error.strerror}); change --out") from None
+            finally:  # also where it is refused: in a notebook the error's traceback would hold the lock
+                lock.release()
 
 
 def _setting(args: argparse.Namespace, data: Dataset, job: dict) -> dict:
@@ -1262,9 +1261,9 @@ def heat_maps(path: Path, maps: dict[str, np.ndarray], *, label: str, limits: tu
     save_figure(path, figure)
 
 
-def mean_std(values: list[float], digits: int = 2, factor: float = 1.0) -> str:
+def mean_std(values: list[float | None], digits: int = 2, factor: float = 1.0) -> str:
     """`34.20 ± 0.31` over seeds (sample std); one value stands alone, and what is not defined is `-`."""
-    values = [factor * v for v in values]
+    values = [math.nan if v is None else factor * v for v in values]
     if np.isnan(values).any():
         return "-"
     if len(values) == 1:
@@ -1297,7 +1296,7 @@ def print_table(found: list[Run], columns: dict[str, tuple[str, str, str]], abou
     by_name = {}
     for run in found:
         by_name.setdefault(run.name, []).append(run)
-    columns = {key: column for key, column in columns.items() if entry(found[0], key) is not None}
+    columns = {key: c for key, c in columns.items() if any(entry(run, key) is not None for run in found)}
     rows = []
     for name, seeds in by_name.items():
         row = [name, len(seeds)]
