@@ -1174,13 +1174,12 @@ def command_line(main) -> None:
         return
     if ranks()[0]:
         sys.stdout = open(os.devnull, "w")  # only rank 0 prints
-    codecs.register_error(
-        "plain", lambda error: ("+-" if error.object[error.start] == "±" else "?", error.end)
-    )
+    codecs.register_error("plain", lambda e: ("+-" if e.object[e.start] == "±" else "?", e.end))
     sys.stdout.reconfigure(errors="plain")  # ± or a class name may not exist in the terminal's encoding
+    refusals = (UserError, RuntimeError) if ranks()[0] else UserError  # gloo's, once rank 0 has stopped
     try:
         result = main()
-    except UserError as error:
+    except refusals as error:
         time.sleep(5 if ranks()[0] else 0)  # a rank that is still alive then has failed alone, so it reports
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
