@@ -101,15 +101,17 @@ def test_long_tailed_digits_and_parts_of_them(monkeypatch):
 
 
 @pytest.mark.parametrize("batch_size, per_class, n", [(40, 0, 8), (16, 0, 3), (16, 5, 10)])
-def test_a_dry_run_keeps_two_batches_and_some_of_every_class(batch_size, per_class, n, user_error):
+def test_a_dry_run_keeps_some_of_every_class(batch_size, per_class, n, monkeypatch, user_error):
     line = f"--dataset digits --dry-run --device cpu --batch-size {batch_size}".split()
     args = common.Flags("hug", "about").parse(line, {"ce": ""}, ["ce"], {"": {"epochs": 9, "lr": 0.1}})
     data = common.prepare_data(args, per_class)
     assert data.counts.tolist() == [n] * 10 == torch.bincount(data.test_y).tolist()
     assert data.fingerprint == load_dataset("digits").fingerprint
-    args.batch_size = 2  # of an odd number of images one batch would hold a single one
-    with user_error("--batch-size 2", "3 or more"):
-        common.prepare_data(args)
+    for count, least in (1, 3), (2, 6):  # of an odd number of images one batch would hold a single one
+        args.batch_size = least - 1
+        monkeypatch.setattr(common, "ranks", lambda count=count: (0, count))
+        with user_error(f"--batch-size {least - 1}", f"{least} or more"):
+            common.prepare_data(args)
 
 
 def test_channel_statistics_are_numpys_over_all_pixels():
