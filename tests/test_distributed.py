@@ -131,9 +131,8 @@ def test_two_processes_take_the_steps_of_one(together, tmp_path, monkeypatch):
 
 
 def test_interrupted_and_gone_on_with_is_the_same_to_the_last_bit(together, tmp_path):
-    """Of the method that is already there, rank 1 learns, too, that it is done."""
-    script, (finished, method), flags, whole = together
-    rank = int(script is etf_dr)  # that Ctrl-C reaches first
+    """Ctrl-C reaches one rank first. Of the method that is already there, rank 1 learns that it is done."""
+    (script, (finished, method), flags, whole), rank = together, int(together[0] is etf_dr)
     codes, errors = start(script, tmp_path, ["--method", method, *flags], (rank, 5))  # of 2 x 3 steps
     assert codes[rank] == 130 and "goes on" in errors[rank]
     done = Path(script.__name__, "digits", finished)
