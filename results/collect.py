@@ -4,8 +4,8 @@
     python results/collect.py runs/hug --columns accuracy train_accuracy lost_classes
 
 A row is a script's method with one setting: every flag that decides what is computed, and the data. Flags in
-which a script's rows differ are part of their names. Values are mean ± sample standard deviation over seeds; a
-second run of one seed is named on stderr and left out, and so is a run that is not finished. --columns are
+which a script's rows differ are part of their names. Values are mean ± sample standard deviation over seeds.
+A second run of one seed is named on stderr and left out, and so is a run that is not finished. --columns are
 entries of result.json, a dot leads into one that holds several: `heads.nearest_mean`. Titles and units are
 those of the script's COLUMNS, of which the first six are the default.
 

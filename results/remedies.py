@@ -1,7 +1,7 @@
 """Heads, features, or speed: what does each remedy of a long tail improve? One table across the chapters.
 
     python results/remedies.py runs/remedies --seed 0 1 2 --figure results/remedies.png
-    python results/remedies.py runs/remedies --seed 0 1 2 --epochs 10 30 60 --figure results/remedies_speed.png
+    python results/remedies.py runs/remedies --seed 0 1 2 --epochs 10 30 60 --figure results/speed.png
 
 Trains seven methods with the same network, images, schedule and budget; the same command goes on where it
 stopped. The first seed is trained with every weight decay of the grid. The one whose own head is right on
@@ -140,7 +140,7 @@ def fit(h: np.ndarray, y: np.ndarray, held_h, held_y, class_weight: str | None =
 
 
 def embed_all(run: common.Run, method: Method, data: common.Dataset) -> np.ndarray:
-    """Features (N, d) of all training images, those that the long tail left out too, by the last checkpoint."""
+    """Features (N, d) of all training images, by checkpoint.pt: also of those that the long tail left out."""
     setting = run.config.get("setting") or run.config["flags"]  # as older runs have it
     run.device = common.pick_device("auto")
     half = {"dtype": torch.bfloat16, "enabled": setting["precision"] == "bf16"}
@@ -157,7 +157,7 @@ def embed_all(run: common.Run, method: Method, data: common.Dataset) -> np.ndarr
 
 
 def judge(run: common.Run, method: Method, data: common.Dataset, held_out: int) -> dict[str, np.ndarray]:
-    """What remedies.npz keeps: h, features of all training images, and predictions of test images by judge."""
+    """What remedies.npz keeps: h, features of all training images; predictions of test images by judge."""
     kept = run.load_features()
     file = run.folder / "remedies.npz"
     tail = common.long_tail_subset(data.train_y, len(data.classes), 100, by_count=False)
@@ -182,7 +182,7 @@ def judge(run: common.Run, method: Method, data: common.Dataset, held_out: int) 
 
 
 def measure(run: common.Run, method: Method, data: common.Dataset, held_out: int) -> dict[str, float]:
-    """Test accuracy by each head and judge, of the three rarest classes of ten as JUDGE_rare; and the rest."""
+    """Test accuracy by head and judge, of the three rarest classes of ten as JUDGE_rare; and the rest."""
     kept = {key: torch.from_numpy(value) for key, value in run.load_features().items()}
     train = kept["train_h"], kept["train_y"]
     W = kept["W"]
