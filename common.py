@@ -89,17 +89,15 @@ def split_name(name: str) -> tuple[str, bool, str]:
     base = base.removesuffix("lt")
     if (base == "folder" and path) or (base in SPECS and not colon):
         return base, long_tailed, os.path.expanduser(path)
-    names = ", ".join(SPECS)
-    raise UserError(f"--dataset {name}: unknown; one of {names}, folder:PATH, or one with lt (cifar100lt)")
+    raise UserError(f"--dataset {name}: expected {', '.join(SPECS)}, folder:PATH, or one with lt: cifar100lt")
 
 
 def load_dataset(
     name: str, data_dir: str | Path = "data", *, imbalance=100.0, profile="exp", image_size=32, test_share=0.0
 ) -> Dataset:
-    """Data set by name; with the suffix `lt` its training split is long-tailed. Raises UserError.
+    """Data set by name, a key of SPECS or folder:PATH; with `lt` long-tailed. Raises UserError.
 
-    name: a key of SPECS, `folder:PATH` with PATH/train/CLASS/IMAGE and PATH/test/CLASS/IMAGE, or with
-    PATH/CLASS/IMAGE and a test_share. image_size (folders): the short side is resized, then the centre cut.
+    A folder: PATH/train/CLASS/IMAGE and PATH/test, or PATH/CLASS/IMAGE and a test_share.
     """
     base, long_tailed, path = split_name(name)
     if test_share and base != "folder":
@@ -111,9 +109,14 @@ def load_dataset(
     for key in ("train_x", "train_y", "test_x", "test_y"):
         checksum = zlib.crc32(arrays[key].numpy(), checksum)
     sizes = f"{len(arrays['train_y'])}+{len(arrays['test_y'])} images, {len(classes)} classes"
-    mean, std = _channel_statistics(arrays["train_x"])
+    parts = [part.flatten(0, 2) for part in arrays["train_x"].split(100)]  # less memory than all in float64
+    pixels = arrays["train_x"][..., 0].numel()
+    mean = sum(part.double().sum(0) for part in parts) / pixels / 255  # (C,)
+    square = sum(part.double().square().sum(0) for part in parts) / pixels / 255**2
+    std = (square - mean.square()).clamp_min(1e-6).sqrt()  # a constant channel's is not 0
     pad, flip = (image_size // 8, True) if folder else SPECS[base][2:]
-    data = Dataset(**arrays, mean=mean, std=std, pad=pad, flip=flip, fingerprint=f"{sizes}, {checksum:08x}")
+    rest = {"pad": pad, "flip": flip, "fingerprint": f"{sizes}, {checksum:08x}"}
+    data = Dataset(**arrays, mean=mean.float(), std=std.float(), **rest)
     if len(classes) < 2:
         raise UserError(f"--dataset {name}: its only class is {classes[0]}; expected two classes or more")
     if data.counts.min() == 0:
@@ -123,53 +126,38 @@ def load_dataset(
     subset = long_tail_subset(data.train_y, len(classes), imbalance, profile, by_count=folder)
     data = keep(data, subset)._replace(profile=profile)
     n = data.counts
-    if abs(n.max() / n.min() / imbalance - 1) > 0.1:
-        ratio = f"a ratio of {n.max() / n.min():.4g}, not {imbalance:g}"
-        print(f"{name}: {n.max()} to {n.min()} images per class, {ratio}", file=sys.stderr)
+    ratio = float(n.max() / n.min())
+    if abs(ratio / imbalance - 1) > 0.1:
+        print(f"{name}: images per class have a ratio of {ratio:.4g}, not {imbalance:g}", file=sys.stderr)
     return data
-
-
-def _channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel over all pixels of (N, H, W, C): (C,) each, in [0, 1]."""
-    parts = [part.flatten(0, 2) for part in images.split(100)]  # in float64, all at once takes 8 x the memory
-    pixels = images[..., 0].numel()
-    mean = sum(part.double().sum(0) for part in parts) / pixels / 255
-    square = sum(part.double().square().sum(0) for part in parts) / pixels / 255**2
-    std = (square - mean.square()).clamp_min(1e-6).sqrt()  # a constant channel's is not 0
-    return mean.float(), std.float()
 
 
 def _read(name: str, data_dir: str | Path) -> dict:
     """The fields of a named data set: embedded, from DATA_DIR/NAME.npz, or through torchvision there."""
+    K, shape = SPECS[name][:2]
     kept = Path(data_dir, f"{name}.npz")
     try:
         if name != "digits" and kept.exists():
             arrays = dict(np.load(kept, allow_pickle=False))  # never unpickles: that could run any code
         else:
             arrays = _read_digits() if name == "digits" else _read_torchvision(name, data_dir)
-        return _checked(arrays, *SPECS[name][:2])
+        fields = {"classes": tuple(arrays["classes"].astype(str).tolist())}
+        for x_name, y_name in (("train_x", "train_y"), ("test_x", "test_y")):
+            x = arrays[x_name]
+            y = arrays[y_name]
+            images = x.dtype == np.uint8 and x.shape == (len(y), *shape)
+            labels = y.dtype.kind in "iu" and y.ndim == 1 and len(y) and 0 <= y.min() and y.max() < K
+            if not images or not labels or len(fields["classes"]) != K:
+                wrong = f"{x_name} {x.shape} {x.dtype}, {y_name} {y.shape} {y.dtype}"
+                raise ValueError(f"{wrong}; expected (N, *{shape}) uint8, N labels below {K}, {K} classes")
+            fields[x_name] = torch.from_numpy(np.ascontiguousarray(x))
+            fields[y_name] = torch.from_numpy(y.astype(np.int64))
+        return fields
     except Exception as error:  # the parsers of zip, npy and IDX files raise many kinds
         reason = " ".join(str(error).split()) or type(error).__name__
         where = kept if kept.exists() else f"--dataset {name}: neither {kept} nor torchvision's files"
         remedy = "delete or replace it" if kept.exists() else "delete what is damaged, connect to a network"
         raise UserError(f"{where}: cannot be read ({reason}); {remedy}") from error
-
-
-def _checked(arrays: dict[str, np.ndarray], K: int, shape: tuple[int, int, int]) -> dict:
-    """The fields of a Dataset: tensors, and names as text. ValueError for a wrong shape, type or label."""
-    classes = arrays["classes"].astype(str)
-    fields = {"classes": tuple(classes.tolist())}
-    for split in ("train", "test"):
-        x = arrays[f"{split}_x"]
-        y = arrays[f"{split}_y"]
-        images = x.dtype == np.uint8 and x.shape == (len(y), *shape)
-        labels = y.dtype.kind in "iu" and y.ndim == 1 and len(y) and 0 <= y.min() and y.max() < K
-        if not images or not labels or classes.shape != (K,):
-            arrays = f"{split}_x {x.shape} {x.dtype}, {split}_y {y.shape} {y.dtype}, classes {classes.shape}"
-            raise ValueError(f"{arrays}; expected (N, *{shape}) uint8, N labels below {K}, {K} names")
-        fields[f"{split}_x"] = torch.from_numpy(np.ascontiguousarray(x))
-        fields[f"{split}_y"] = torch.from_numpy(y.astype(np.int64))
-    return fields
 
 
 def _read_digits() -> dict[str, np.ndarray]:
@@ -217,8 +205,9 @@ def _read_folder(path: Path, size: int, test_share: float) -> dict:
         return dict(train_x=x, train_y=y, test_x=test_x, test_y=test_y, classes=classes)
     except (OSError, ValueError) as error:  # no such folder, a class without an image, too few to split
         layout = "PATH/train/CLASS/IMAGE and PATH/test/CLASS/IMAGE, or PATH/CLASS/IMAGE with --test-share 0.2"
-        reason = " ".join(str(error).split())
-        raise UserError(f"--dataset folder:{path}: {reason}; expected {layout}") from error
+        raise UserError(
+            f"--dataset folder:{path}: {' '.join(str(error).split())}; expected {layout}"
+        ) from error
 
 
 def _read_images(root: Path, size: int) -> tuple[Tensor, Tensor, tuple[str, ...]]:
@@ -230,9 +219,8 @@ def _read_images(root: Path, size: int) -> tuple[Tensor, Tensor, tuple[str, ...]
     visible = lambda file: f"{os.sep}." not in file.removeprefix(str(root))  # noqa: E731
     files, y = zip(*ImageFolder.make_dataset(root, label, is_valid_file=visible), strict=True)
     needed = len(files) * size * size * 3 / 2**30
-    memory = (
-        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else 32
-    )
+    pages = ("SC_PAGE_SIZE", "SC_PHYS_PAGES")
+    memory = math.prod(map(os.sysconf, pages)) / 2**30 if hasattr(os, "sysconf") else 32
     if needed > memory / 4:  # the loader's padded copy takes more than as much again
         sizes = f"--image-size {size} makes {needed:.3g} GiB, of {memory:.3g}"
         raise UserError(f"--dataset folder:{root}: too large for memory: {sizes}; lower it")
@@ -267,7 +255,7 @@ def _read_image(file: str, size: int) -> Tensor:
 def long_tail_counts(K: int, n_max: float, imbalance: float, profile: str = "exp") -> list[int]:
     """Images per class, head first, n_max / n_min = imbalance. Raises UserError for an imbalance below 1.
 
-    exp:  n_k = int(n_max * (1/IF)^(k/(K-1))), the convention of the published tables (Cui et al. 2019);
+    exp:  n_k = int(n_max * (1/IF)^(k/(K-1))), as in the published tables (Cui et al. 2019);
     step: the first half of the classes keeps n_max, the others get n_max / IF (Buda et al. 2018).
     """
     if not 1 <= imbalance < float("inf"):
@@ -304,13 +292,7 @@ def keep_per_class(y: Tensor, n: int, seed: int = 0) -> Tensor:
     return order[torch.arange(len(y)) - first < max(n, 1)].sort().values
 
 
-# CIFAR-100's twenty superclasses, and the one of each of its classes in their order
-SUPERCLASSES = (
-    "aquatic mammals, fish, flowers, food containers, fruit and vegetables, household electrical devices, "
-    "household furniture, insects, large carnivores, large man-made outdoor things, "
-    "large natural outdoor scenes, large omnivores and herbivores, medium-sized mammals, "
-    "non-insect invertebrates, people, reptiles, small mammals, trees, vehicles 1, vehicles 2"
-)
+# The superclass, of twenty, of each of CIFAR-100's classes in their order
 COARSE = (
     "4 1 14 8 0 6 7 7 18 3 3 14 9 18 7 11 3 9 7 11 6 11 5 10 7 6 13 15 3 15 0 11 1 10 12 14 16 9 11 5 "
     "5 19 8 8 15 13 14 17 18 10 16 4 17 4 2 0 17 4 18 17 10 3 2 12 12 16 12 1 9 19 2 10 0 1 16 12 9 13 "
@@ -327,7 +309,7 @@ def coarse_labels(classes: tuple[str, ...], grouping: str) -> tuple[Tensor, tupl
     if grouping == "superclasses":
         if (classes[0], classes[-1], K) != ("apple", "worm", 100):
             raise UserError("--coarse superclasses: only CIFAR-100 has them; use --coarse pairs")
-        return torch.tensor([int(k) for k in COARSE.split()]), tuple(SUPERCLASSES.split(", "))
+        return torch.tensor([int(k) for k in COARSE.split()]), tuple(f"superclass {k}" for k in range(20))
     if K % 2 or K < 4:
         raise UserError(f"--coarse pairs: {K} classes; expected an even number of them, 4 or more")
     names = zip(classes[: K // 2], classes[K // 2 :], strict=True)
@@ -362,10 +344,7 @@ class Batches:
         self.shift = (-mean / std).repeat(self.W).to(device)
 
     def epoch(self, index: Tensor, batch_size: int, generator: torch.Generator | None = None) -> Iterator:
-        """An iterator over (part, x), or (part, x_0, ..., x_{m-1}) for an index of shape (T, m).
-
-        part is the slice of the T draws that x holds: under torchrun an equal share of every batch.
-        """
+        """(part, x), or (part, x_0, ..., x_{m-1}) for an index (T, m); part: the slice of it that x holds."""
         views = [self._draw(column, generator) for column in index.view(len(index), -1).unbind(1)]
         rank, count = ranks() if generator is not None else (0, 1)
         parts = []
@@ -403,10 +382,7 @@ class Batches:
 
 
 def split_evenly(T: int, batch_size: int, count: int | None = None) -> list[slice]:
-    """ceil(T / batch_size) slices, sizes equal to within one, so that no small rest is left over.
-
-    For count processes (or torchrun's) sizes are multiples of count; up to count - 1 of T are left out.
-    """
+    """ceil(T / batch_size) slices, equal to within one; sizes are multiples of count, of all processes."""
     count = count or ranks()[1]
     shares = T // count
     steps = min(-(-T // batch_size), shares)
@@ -424,10 +400,10 @@ def accuracy_per_class(prediction: Tensor, y: Tensor, K: int) -> Tensor:
 
 
 def shot_groups(counts: Tensor, profile: str = "") -> dict[str, Tensor]:
-    """Classes by their training images, counts (K,): {"many": classes, "medium": ..., "few": ...}.
+    """Classes by training images, counts (K,): {"many": classes, "medium": ..., "few": ...}.
 
-    One size: all are many. A step: larger and smaller. Else many > 100 and few < 20 (Liu et al. 2019),
-    or, where either has no class, thirds. Classes of one size are never parted.
+    One size: all many. A step: larger and smaller. Else many > 100, few < 20 (Liu et al. 2019), or, where
+    either has no class, thirds. Classes of one size are never parted.
     """
     smallest, largest = counts.aminmax()
     if largest == smallest:
@@ -486,35 +462,25 @@ def heads(train_h, train_y, test_h, test_y, W, b=None, *, softmax: bool = True) 
 
 
 def task_accuracies(z: Tensor, y: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:
-    """Accuracy on each task of a stream, (T,) twice; logits z (N, K), labels y (N,), task of each class (K,).
-
-    class-IL: argmax over all logits; task-IL: over the classes of the image's task (van de Ven, Tolias 2019).
-    """
+    """class-IL and task-IL (van de Ven, Tolias 2019) of each task, (T,); z (N, K), y (N,), task (K,)."""
     task = task.to(z.device)
     which = task[y]  # (N,)
-    own = z.masked_fill(which[:, None] != task, -torch.inf)
+    own = z.masked_fill(which[:, None] != task, -torch.inf)  # task-IL: the task's classes compete
     T = int(task.max()) + 1
     class_il, task_il = (torch.where(score.argmax(1) == y, which, -1) for score in (z, own))  # -1: wrong
     return accuracy_per_class(class_il, which, T), accuracy_per_class(task_il, which, T)
 
 
 def stream_metrics(R: Tensor) -> dict[str, float]:
-    """Summary of an accuracy matrix R (T, T): R[i, j] is the accuracy on task j after training on task i.
+    """Summary of accuracies R (T, T): R[i, j] on task j after task i; nan (no test images) is left out.
 
     average             1/T sum_j R[T-1, j], over all tasks at the end of the stream
     forgetting          1/(T-1) sum_{j<T-1} (max_{j<=i<T-1} R[i, j] - R[T-1, j])     Chaudhry et al. 2018
-    backward_transfer   1/(T-1) sum_{j<T-1} (R[T-1, j] - R[j, j])                    Lopez-Paz, Ranzato 2017
-    A joint run, R (1, T), has an average only. Tasks without test images (nan) are left out of every mean.
+    A joint run, R (1, T), has an average only.
     """
     R = R.double()
-    past = range(len(R) - 1)
-    forgotten = [R[j:-1, j].max() - R[-1, j] for j in past]  # below 0 where the last row is the best
-    gained = [R[-1, j] - R[j, j] for j in past]
-    return {
-        "average": float(R[-1].nanmean()),
-        "forgetting": float(R.new_tensor(forgotten).nanmean()),
-        "backward_transfer": float(R.new_tensor(gained).nanmean()),
-    }
+    forgotten = [R[j:-1, j].max() - R[-1, j] for j in range(len(R) - 1)]  # below 0: the last row is best
+    return {"average": float(R[-1].nanmean()), "forgetting": float(R.new_tensor(forgotten).nanmean())}
 
 
 # Neural collapse. Features h (N, d) of any float type, labels y (N,); spreads are sums of differences, in
@@ -549,9 +515,8 @@ def nc1(h: Tensor, y: Tensor, K: int | None = None, centred: bool = True) -> tup
 
         Sigma_W = 1/N sum_i (h_i - mu_y)(h_i - mu_y)^T      pooled over samples
         Sigma_B = 1/K sum_k (mu_k - mu_G)(mu_k - mu_G)^T     mu_G = mean of the class means
-    With A = (mu_k - mu_G)_k / sqrt(K) and P = pinv(A) it is 1/(N K) sum_i ||P^T (h_i - mu_y)||^2. Where means
-    coincide it jumps and only the rank tells. It misses spread across the span of the means: see cdnv.
-    Papyan et al.'s notebook does not divide by K. centred=False: ZNC1, with mu_G = 0 and rank K.
+    With A = (mu_k - mu_G)_k / sqrt(K) and P = pinv(A) it is 1/(N K) sum_i ||P^T (h_i - mu_y)||^2. It misses
+    spread across the span of the means (see cdnv). centred=False: ZNC1, with mu_G = 0 and rank K.
     """
     mean = class_means(h, y, K or int(y.max()) + 1)
     A = (mean - mean.mean(0) if centred else mean) / len(mean) ** 0.5
@@ -566,20 +531,17 @@ def nc1(h: Tensor, y: Tensor, K: int | None = None, centred: bool = True) -> tup
     return float(within.square().sum() / within.shape[0] / len(mean)) if keep.any() else math.nan, P.shape[1]
 
 
-def cdnv(h: Tensor, y: Tensor) -> float:
+def cdnv(h: Tensor, y: Tensor, K: int | None = None) -> float:
     """CDNV of h (N, d), y (N,): mean over pairs of (v_i + v_j) / (2 ||mu_i - mu_j||^2) (Galanti et al.)."""
-    _, mean, v = class_sums(h, y)
+    _, mean, v = class_sums(h, y, K)
     return float((torch.combinations(v).sum(1) / (2 * torch.pdist(mean).square())).mean())
 
 
 def class_distances(h: Tensor, y: Tensor) -> Tensor:
-    """D_ij = mean squared distance of a sample of class i to one of j; h (N, d), y (N,) -> (K, K) float64.
-
-    = v_i + v_j + ||mu_i - mu_j||^2; D_ii = 2 v_i n_i / (n_i - 1), over distinct samples (one: nan).
-    """
+    """D_ij = mean squared distance of a sample of class i to one of j; h (N, d), y (N,) -> (K, K) float64."""
     n, mean, v = class_sums(h, y)
-    D = v[:, None] + v + torch.cdist(mean, mean).square()
-    return D.diagonal_scatter(2 * v * n / (n - 1))  # 0 / 0 = nan
+    D = v[:, None] + v + torch.cdist(mean, mean).square()  # v_i + v_j + ||mu_i - mu_j||^2
+    return D.diagonal_scatter(2 * v * n / (n - 1))  # over distinct samples; 0 / 0 = nan
 
 
 def unit(V: Tensor) -> Tensor:
@@ -594,25 +556,20 @@ def cosines(V: Tensor) -> Tensor:
     return V @ V.T
 
 
-def _pairwise_cosines(V: Tensor) -> Tensor:
+def pairwise_cosines(V: Tensor) -> Tensor:
     """cos = 1 - r^2/2, r the distance of unit rows, of all pairs of rows of V (K, d): (K (K-1) / 2,)."""
     return 1 - torch.pdist(unit(V)).square() / 2
 
 
 def mean_pairwise_cosine(V: Tensor, classes: Tensor) -> float:
     """Mean cosine of V's rows `classes`, V (K, d). 1: minority collapse (Fang et al. 2021); nan: < 2 rows."""
-    return float(_pairwise_cosines(V[classes.to(V.device)]).mean())
+    return float(pairwise_cosines(V[classes.to(V.device)]).mean())
 
 
 def equinorm(V: Tensor) -> float:
     """NC2, lengths: std / mean of the norms of V's rows (K, d), population std. 0: an ETF (Papyan et al.)."""
     norm = V.detach().double().norm(dim=1)
     return float(norm.std(correction=0) / norm.mean())
-
-
-def equiangularity(V: Tensor) -> float:
-    """NC2, angles: mean over pairs of V's rows (K, d) of |cos + 1/(K-1)|. 0: an ETF (Papyan et al.)."""
-    return float((_pairwise_cosines(V) + 1 / (len(V) - 1)).abs().mean())
 
 
 def self_duality(W: Tensor, M: Tensor) -> float:
@@ -633,12 +590,8 @@ def nearest_mean(h: Tensor, M: Tensor) -> Tensor:
 
 
 def zero_mean_metrics(means: Tensor, W: Tensor | None = None) -> dict[str, float]:
-    """Zero-mean neural collapse (ZNC; Kim, part 2): NC2 and NC3 with the origin in the global mean's place.
-
-    means (K, d) not centred, W (K, d). All are 0 where means have one length, are orthogonal and point along
-    W. The released znc_utils.py has the sample's stds, and cosines that cancel by their sign.
-    """
-    cosine = _pairwise_cosines(means).abs()
+    """Zero-mean neural collapse (Kim, part 2): NC2, NC3 about the origin; means not centred, W (K, d)."""
+    cosine = pairwise_cosines(means).abs()
     result = {"znc_equinorm": equinorm(means), "znc_mean_cosine": float(cosine.mean())}
     result["znc_max_cosine"] = float(cosine.max())
     return result if W is None else {**result, "znc_alignment": self_duality(W, means)}
@@ -740,16 +693,11 @@ def ranks() -> tuple[int, int]:
 @contextlib.contextmanager
 def first_rank_first() -> Iterator[None]:
     """Runs the block on rank 0, then on the others, which find what it downloaded or wrote."""
-    rank, number = ranks()
-    if rank:
+    if ranks()[0]:
         dist.barrier()
     yield
-    if number > 1 and not rank:
+    if ranks()[1] > 1 and not ranks()[0]:
         dist.barrier()
-
-
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and keeps the lines of the list of methods."""
 
 
 class Flags(argparse.ArgumentParser):
@@ -757,7 +705,9 @@ class Flags(argparse.ArgumentParser):
 
     def __init__(self, script: str, about: str | None):
         title = (about or "").partition("\n")[0]  # None under python -OO
-        super().__init__(f"{script}.py", None, title, formatter_class=_Help, allow_abbrev=False)
+        kinds = (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter)
+        layout = type("Help", kinds, {})  # shows defaults, and keeps the lines of the list of methods
+        super().__init__(f"{script}.py", None, title, formatter_class=layout, allow_abbrev=False)
         self.script = script
 
     def error(self, message: str):
@@ -768,8 +718,7 @@ class Flags(argparse.ArgumentParser):
     ) -> argparse.Namespace:
         """The flags, with `folder`: OUT/SCRIPT/DATASET. Raises UserError.
 
-        methods: {name: what it is}. usual: those without --method. recipes: {data set: {flag: default}}, ""
-        for all. defaults: of shared flags, the same for all data sets.
+        methods: {name: what it is}; usual: without --method. recipes: {data set, or "": {flag: default}}.
         """
         own = set(vars(self.parse_args([])))  # the chapter's flags, of which none is required
         self._add_shared([*methods, "all"])
@@ -788,8 +737,7 @@ class Flags(argparse.ArgumentParser):
                     raise UserError(f"{name}: expected a number above 0{' or 0' * (flag in MAY_BE_0)}")
                 if str(one).startswith("~"):
                     raise UserError(f"{name}: the shell knows no such user; write the path out")
-        started = [name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")]
-        if any(started[:2]) and not all(started):
+        if {"RANK", "WORLD_SIZE"} & os.environ.keys() and "MASTER_ADDR" not in os.environ:
             raise UserError("RANK or WORLD_SIZE is set, but torchrun did not start this; unset both")
         if ranks()[1] > 1 and self.script not in ("bmls_msclf", "etf_dr"):
             raise UserError(f"torchrun: {self.script}.py is for one process; bmls_msclf.py and etf_dr.py go")
@@ -806,7 +754,6 @@ class Flags(argparse.ArgumentParser):
 
     def _add_shared(self, names: list[str]) -> None:
         add = self.add_argument_group("shared by all scripts").add_argument
-        choices = ["auto", "fp32", "bf16"]
         add("--dataset", default="digits", help=f"{', '.join(SPECS)}, folder:PATH; long-tailed: cifar10lt")
         add("--data-dir", type=Path, default=Path("data"), help="where NAME.npz is kept and downloads go")
         add("--imbalance", type=float, default=100.0, help="lt: largest class over smallest")
@@ -823,7 +770,12 @@ class Flags(argparse.ArgumentParser):
         add("--out", type=Path, default=Path("runs"), help="run folders: OUT/SCRIPT/DATASET/METHOD/seedS")
         add("--overwrite", action="store_true", help="train anew what is there, instead of going on with it")
         add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where it runs")
-        add("--precision", choices=choices, default="auto", help="inside the network; auto: bf16 if fast")
+        add(
+            "--precision",
+            choices=["auto", "fp32", "bf16"],
+            default="auto",
+            help="auto: bf16 where it is fast",
+        )
         add("--compile", action="store_true", help="torch.compile the network; records CUDA graphs")
         add("--dry-run", action="store_true", help="two steps of everything, into OUT/dry-run")
         add("--synthetic", action="store_true", help="check the theory; trains no network")
@@ -836,10 +788,7 @@ MAY_BE_0 = {"seed", "weight_decay", "test_share", "dim", "contexts"}
 
 
 def prepare_data(args: argparse.Namespace, per_class: int = 0) -> Dataset:
-    """The data that --dataset names; prints what and where, settles args.device and args.precision.
-
-    per_class: so many images of each class stay in a dry run, where two batches have fewer.
-    """
+    """The data of --dataset; settles args.device and args.precision. per_class: images kept in a dry run."""
     least = 3 * ranks()[1]  # no batch holds a single image then, which has no variance for BatchNorm
     if args.batch_size < least:
         raise UserError(f"--batch-size {args.batch_size}: expected {least} or more")
@@ -855,9 +804,8 @@ def prepare_data(args: argparse.Namespace, per_class: int = 0) -> Dataset:
         data = data._replace(test_x=data.test_x[test], test_y=data.test_y[test])
     if args.device.type == "cpu" and data.train_x.shape[1] <= 16:
         torch.set_num_threads(1)  # on 8 x 8 images more threads are slower
-    n = data.counts
-    sizes = f"{len(data.train_y):,} training images ({n.max()} to {n.min()} per class)"
-    print(f"{args.dataset}: {len(n)} classes, {sizes}, {len(data.test_y):,} test images")
+    sizes = f"{len(data.train_y):,} training images ({data.counts.max()} to {data.counts.min()} per class)"
+    print(f"{args.dataset}: {len(data.classes)} classes, {sizes}, {len(data.test_y):,} test images")
     print(f"{hardware(args.device)}, {args.precision}; into {args.folder}")
     return data
 
@@ -920,8 +868,7 @@ def write_atomically(path: Path, write) -> None:
 class Run:
     """One run folder, OUT/SCRIPT/DATASET/METHOD/seedS: what was run, how it went, and where to go on.
 
-    Run(folder) reads what is there: `config`, `history` (the lines of metrics.jsonl) and `finished` (the
-    result). None: not there. Raises UserError for a file that cannot be read.
+    `config`, `history` (of metrics.jsonl) and `finished` (the result, or None) are read, or UserError raised.
     """
 
     FILES = ("result.json", "checkpoint.pt", "metrics.jsonl", "features.npz", "source.py", "config.json")
@@ -961,14 +908,13 @@ class Run:
     def epochs(self, total: int, **parts) -> Iterator[int]:
         """Each epoch still to be trained, from 0; after its body its line and checkpoint are written.
 
-        parts: what changes in training, `model` among them: modules, optimisers, generators, tensors, what
-        has a state_dict. They are restored first. Raises UserError for a loss or weight that is not finite.
+        parts (modules, optimisers, generators, tensors; `model` among them) are restored first. Raises
+        UserError for a loss or weight that is not finite.
         """
         first = self._restore(parts)
         self.total = total
         hide = ranks()[0] > 0 or None  # None: no bar where there is no terminal
-        bar = tqdm(range(first, total), self.title, initial=first, total=total, disable=hide)
-        for epoch in bar:
+        for epoch in tqdm(range(first, total), self.title, initial=first, total=total, disable=hide):
             began = time.perf_counter()
             self.losses = []
             self.line = {}
@@ -978,7 +924,6 @@ class Run:
             self.history.append(line)
             self._write("metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.history))
             self._save(epoch + 1, parts)
-            bar.set_postfix({key: f"{line[key]:.3f}" for key in ("loss", "accuracy") if key in line})
 
     def is_test_epoch(self, epoch: int) -> bool:
         """Every --eval-every epochs, and after the last one. Under torchrun rank 0 tests, the others wait."""
@@ -1066,10 +1011,9 @@ class Run:
 
 
 def runs(args: argparse.Namespace, data: Dataset, jobs: dict[str, dict] | None = None) -> Iterator[Run]:
-    """Each run that is still to be trained, method by method and seed by seed: fresh, or to be gone on with.
+    """Each run that is still to be trained, new or interrupted; meanwhile its folder is this process's own.
 
-    jobs: {run name: its flags}, for a command whose runs differ in more than method and seed. Until the next
-    run is asked for, a folder belongs to this process. Raises UserError for other flags, data or code.
+    jobs: {run name: its flags}, where runs differ in more than method and seed. Raises UserError.
     """
     for name, job in (jobs or {name: {} for name in args.method}).items():
         for seed in args.seed:
@@ -1081,9 +1025,7 @@ def runs(args: argparse.Namespace, data: Dataset, jobs: dict[str, dict] | None =
                     if not ranks()[0]:
                         lock.acquire(timeout=0)
                 except filelock.Timeout:
-                    raise UserError(
-                        f"{folder}: another command is at work here; wait, or change --out"
-                    ) from None
+                    raise UserError(f"{folder}: another command is at work here; change --out") from None
                 except OSError as error:
                     raise UserError(f"{folder}: cannot be written ({error.strerror}); change --out") from None
                 run = _open(folder, args, _setting(args, data, job), seed)
@@ -1099,7 +1041,7 @@ def _setting(args: argparse.Namespace, data: Dataset, job: dict) -> dict:
 
 
 def _open(folder: Path, args: argparse.Namespace, setting: dict, seed: int) -> Run:
-    """The run in this folder: the one that is there, compared, or a new one with its config.json."""
+    """The run in this folder: a new one with its config.json, or the one that is there. Raises UserError."""
     if not ranks()[0]:
         for left in folder.glob(".*.part*"):  # by a kill
             left.unlink()
@@ -1111,36 +1053,31 @@ def _open(folder: Path, args: argparse.Namespace, setting: dict, seed: int) -> R
     run.title = f"{run.name} seed {seed}"
     run.device = args.device
     run.fused = args.device.type == "cuda"  # for an optimiser: one kernel for all parameters
-    half = {"dtype": torch.bfloat16, "enabled": args.precision == "bf16"}  # inside the network only
-    run.autocast = functools.partial(torch.autocast, args.device.type, **half)
+    half = args.precision == "bf16"
+    run.autocast = functools.partial(torch.autocast, args.device.type, torch.bfloat16, half)
     if run.finished or (folder / "checkpoint.pt").exists():
-        _compare(run, setting)
+        instead = "--overwrite it, or change --out"
+        before = (run.config or {}).get("setting", {})
+        for key, new in setting.items():
+            if before.get(key) != new:
+                name = key if key == "data" else f"--{key.replace('_', '-')}"
+                raise UserError(f"{folder}: was run with {name} {before.get(key)}, not {new}; {instead}")
+        other = run.other_code()
+        if other and not run.finished:
+            raise UserError(f"{folder}: was begun with another version of {other}; {instead}")
+        if run.finished:
+            made = f", with another version of {other}" if other else ""
+            print(f"{run.title}: finished before{made}; --overwrite trains it anew")
         return run
     source = Path(__file__).resolve().with_name(f"{args.script}.py")
-    run.config = {"script": args.script, "seed": seed, "setting": setting}
+    common = zlib.crc32(Path(__file__).read_bytes())
+    run.config = {"script": args.script, "seed": seed, "setting": setting, "common": common}
     run.config["commit"] = _git_commit(source.parent)
-    run.config["common"] = zlib.crc32(Path(__file__).read_bytes())
     run.config |= {"hardware": hardware(run.device), "threads": torch.get_num_threads()}
     run.config |= {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "numpy")}
     run._write("source.py", source.read_text())
     run._write("config.json", json.dumps(run.config, indent=1))
     return run
-
-
-def _compare(run: Run, setting: dict) -> None:
-    """Raises UserError for another setting, and, where the run is not finished, for other code."""
-    instead = "--overwrite it, or change --out"
-    before = (run.config or {}).get("setting", {})
-    for key, new in setting.items():
-        if before.get(key) != new:
-            name = key if key == "data" else f"--{key.replace('_', '-')}"
-            raise UserError(f"{run.folder}: was run with {name} {before.get(key)}, not {new}; {instead}")
-    other = run.other_code()
-    if other and not run.finished:
-        raise UserError(f"{run.folder}: was begun with another version of {other}; {instead}")
-    if run.finished:
-        made = f", with another version of {other}" if other else ""
-        print(f"{run.title}: finished before{made}; --overwrite trains it anew")
 
 
 def finished_runs(args: argparse.Namespace, data: Dataset, jobs: dict[str, dict] | None = None) -> list[Run]:
@@ -1149,7 +1086,11 @@ def finished_runs(args: argparse.Namespace, data: Dataset, jobs: dict[str, dict]
     differ = {flag for job in (jobs or {}).values() for flag in job}
     setting = {key: value for key, value in _setting(args, data, {}).items() if key not in differ}
     there = [Run(path.parent) for path in sorted(args.folder.glob("*/seed*/result.json"))]
-    same = [run for run in there if (run.config or {}).get("setting", {}).items() >= setting.items()]
+    same = []
+    for run in there:
+        wanted = {**setting, **(jobs or {}).get(run.name, {})}
+        if run.config and run.config.get("setting", {}).items() >= wanted.items():
+            same.append(run)
     names += sorted({run.name for run in same} - set(names))
     return sorted(same, key=lambda run: (names.index(run.name), run.config["seed"]))
 
@@ -1201,7 +1142,7 @@ def command_line(main) -> None:
 # Colours of Okabe and Ito (2008), which the colour-blind can tell apart.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"]
 MARKERS = "os^DPXv<"
-# One colour and marker per method in all figures; the first of each script's are the strongest.
+# One colour and marker per method in all figures
 STYLES = dict.fromkeys(["ce", "learnable", "none"], 0) | dict.fromkeys(["mixup", "ce+mixup", "fno"], 1)
 STYLES |= {"bmls+ms": 2, "sphere": 2, "cosine": 3, "cb": 3, "hug-mhe": 3, "cb-mixup": 4, "etf+ce": 4}
 STYLES |= {"etf+dr+mixup": 5, "bmls": 5, "etf+dr": 6, "balanced-softmax": 6, "cb+ms": 7}
@@ -1266,12 +1207,11 @@ def heat_maps(path: Path, maps: dict[str, np.ndarray], *, label: str, limits: tu
 
 def mean_std(values: list[float], digits: int = 2, factor: float = 1.0) -> str:
     """`34.20 ± 0.31` over seeds (sample std); one value stands alone, and what is not defined is `-`."""
-    values = [factor * v for v in values]
+    values = factor * np.array(values, float)
     if np.isnan(values).any():
         return "-"
-    if len(values) == 1:
-        return f"{values[0]:.{digits}f}"
-    return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}"
+    mean = f"{values.mean().round(digits) + 0.0:.{digits}f}"  # never -0.00
+    return mean if len(values) == 1 else f"{mean} ± {values.std(ddof=1):.{digits}f}"
 
 
 def table(header: list[str], rows: list[list]) -> str:
@@ -1287,10 +1227,7 @@ UNITS = {"%": (1, 100), "°": (1, 1), "#": (0, 1), "": (2, 1)}  # unit: digits a
 
 
 def print_table(found: list[Run], columns: dict[str, tuple[str, str, str]], about: dict[str, str]) -> None:
-    """A row per run name, mean ± std over its seeds; below it what the columns and the rows mean.
-
-    columns: {entry of result.json: (title, unit, meaning)}, `heads.own` for an entry of a dict.
-    """
+    """A row per run name, mean ± std over seeds. columns: {entry: (title, unit, meaning)}, or `heads.own`."""
 
     def entry(run: Run, key: str) -> float | None:
         first, _, second = key.partition(".")

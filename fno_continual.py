@@ -6,57 +6,41 @@
 # %% [markdown]
 """Inter-class collapse in continual learning, and a remedy: the Fixed Non-negative Orthogonal classifier.
 
-Sources: H. Kim, From Theory to Remedy (doctoral thesis, GIST), part 2, and its paper (ICLR 2024). Of the text
-we have the abstract. Classifier, masks and settings follow the released code (khyong/FNO-classifier); the
-learners follow mammoth (aimagelab); the proofs are ours. A patent application, US 2026/0141221 A1, covers the
-FNO classifier.
+Sources: H. Kim, From Theory to Remedy (doctoral thesis, GIST), part 2, and its paper (ICLR 2024), of which we
+read the abstract. Classifier, mask and settings are those of the released code (khyong/FNO-classifier), the
+learners mammoth's; the proofs are ours. A patent application, US 2026/0141221 A1, covers the classifier.
 
-WHAT COLLAPSES. Classes come task by task; the images of past tasks are gone, but for a small buffer.
-Cross-entropy over all K classes moves every class vector w_k by -p_k h for each feature h of another class.
-Old classes have almost no images left to pull their vectors back, so all of these move in one direction. The
-network can no longer tell old classes apart and answers with the newest only: catastrophic forgetting.
+WHAT COLLAPSES. Classes come task by task; the images of past tasks are gone, except for a small buffer. By
+cross-entropy every feature h of a new class moves the class vector w_k of each old class by -p_k h. Old
+classes have almost no images left to pull their vectors back. Features of old classes fall onto those of the
+newest, and the network answers with the newest only: catastrophic forgetting. That the old class vectors
+themselves collapse into one is not seen (cosine -0.03 on digits): they lose to the newest all the same.
 
-REMEDY 1, the classifier Q (K, d): fixed, so that nothing moves it; Q >= 0 and Q Q^T = I, so that every
-feature dimension belongs to one class. J_k are the dimensions of class k, disjoint sets, and
-
-    q_k = 1 on J_k, 0 elsewhere, over sqrt|J_k|      z = w Q h, h >= 0 (a ReLU), w one learnable scalar
-
-REMEDY 2, softmax masking: the softmax of a new image runs over the classes of its own task only. Together:
-
-    dL/dh = w sum_k (p_k - y_k) q_k = 0, exactly, outside the task's own dimensions
-
-Replayed images keep the full softmax: they alone teach the network to tell the tasks apart.
-
-WHAT IT TENDS TO. Orthogonal layer-peeled model: features h >= 0 free, ||h||^2 <= E_H, rows of Q orthogonal,
-||q_k||^2 = E_W. The minimum of cross-entropy is, under any imbalance,
-
-    h = sqrt(E_H/E_W) q_k,   L = log(1 + (K-1) exp(-sqrt(E_H E_W)))
-
-Zero-mean neural collapse (ZNC): class means are orthogonal about the *origin*. About their own mean they are
-a simplex ETF, as in neural collapse (NC), but not aligned with Q. `joint` shows both without a stream.
+THE REMEDY has two parts. The FNO classifier is fixed, so that nothing moves it, and non-negative and
+orthogonal, so that every feature dimension belongs to one class. Softmax masking lets the softmax of a new
+image run over the classes of its own task only. Together they keep the gradient of a feature, exactly, within
+the dimensions of its task. Replayed images keep the full softmax: they alone teach the network to tell the
+tasks apart.
 
     python fno_continual.py                                      digits in 5 tasks, under a minute
-    python fno_continual.py --synthetic                          the theory above, claim by claim
+    python fno_continual.py --synthetic                          the theory, claim by claim
     python fno_continual.py --dataset cifar10 --method er der++ --buffer 200 500 --seed 0 1 2
 
 WHERE PAPER, CODE AND THIS FILE DIFFER.
-- The released masked ER adds two means of two forward passes, CE_masked(new) + CE(replayed); its plain ER
-  takes one mean of one pass. So its mask comes with twice the gradient and other BatchNorm statistics. Here
-  ER and ER-ACE take one mean, with mask or without; --replay sum adds two, which is masked ER as released
-  and ER-ACE as published. DER++ is a sum by definition.
-- The released masked DER++ computes the logits that it stores anew after the step; ours are those of the
-  step's own forward pass, as in plain DER++. Both are unmasked.
-- ER-ACE with --mask (ours): a logit stays where both masks keep it. The released mask of ER-ACE keeps the
-  highest class seen even where the batch lacks it; ours follows the paper.
-- lr and DER++'s weights are the released ones of split MNIST, CIFAR-10 and CIFAR-100 for every classifier
-  and mask; other data have those of CIFAR-10. The network of split MNIST is the released one: pixels in
-  [0, 1], Glorot's start, a bias in the learnable classifier.
-- All numbers are those after the last epoch of the last task; a best epoch would mean nothing here.
+- The released masked ER adds two means of two forward passes, so its mask comes with twice the gradient of
+  plain ER. Here ER takes one mean of one pass, with the mask or without.
+- The released masked DER++ stores logits computed anew after the step; ours are those of the step itself.
+- lr and DER++'s weights are the released ones of split MNIST, CIFAR-10 and CIFAR-100, for every classifier
+  and mask; other data have those of CIFAR-10.
 """
 
 # %% [markdown]
 # # 1. The method
-# This cell needs nothing else, so that it can be pasted into a notebook.
+# ## The classifier: fixed, non-negative, orthogonal
+# $$q_k = \frac{1}{\sqrt{|J_k|}} \text{ on } J_k, \quad 0 \text{ elsewhere}; \qquad Q \ge 0, \quad Q Q^T = I$$
+#
+# [Kim, part 2; released `classifier_ops.py`] $J_k$ are the dimensions of class $k$. Rows that are orthogonal
+# and not negative cannot overlap, so these sets are disjoint: each feature dimension belongs to one class.
 
 # %%
 import math
@@ -82,49 +66,62 @@ def fno_classifier(K: int, d: int, generator: torch.Generator | None = None) -> 
     return Q / size.double().sqrt()[:, None]  # q_k = 1 on J_k, over sqrt|J_k|
 
 
-class Classifier(nn.Module):
-    """z = W h + b, learnable; or z = w Q h, Q a fixed FNO classifier, w one learnable scalar. In float32.
+# %% [markdown]
+# ## Its logits
+# $$z = w\, Q h, \qquad h \ge 0$$
+#
+# [released `WeightedSoftmax`] $w$ is one learnable scalar. It takes the place of the class vectors' length.
 
-    Raises ValueError for another kind than `learnable` or `fno`.
-    """
 
-    def __init__(self, K: int, d: int, kind: str, bias: bool = False):
+# %%
+class FNOHead(nn.Module):
+    """Features (B, d) -> logits (B, K), both float32. W = w Q (K, d): the class vectors in use."""
+
+    def __init__(self, K: int, d: int):
         super().__init__()
-        if kind not in ("learnable", "fno"):
-            raise ValueError(f"classifier {kind}: expected learnable or fno")
-        self.w = 1.0
-        self.b = None
-        if kind == "fno":
-            self.register_buffer("W", fno_classifier(K, d).float())
-            self.w = nn.Parameter(torch.ones(()))
-        else:
-            self.W = nn.Parameter(torch.empty(K, d).uniform_(-1, 1) / math.sqrt(d))  # nn.Linear's start
-            if bias:
-                self.b = nn.Parameter(torch.empty(K).uniform_(-1, 1) / math.sqrt(d))
+        self.b = None  # no bias
+        self.register_buffer("Q", fno_classifier(K, d).float())
+        self.w = nn.Parameter(torch.ones(()))
+
+    @property
+    def W(self) -> Tensor:
+        return self.w * self.Q
 
     def forward(self, h: Tensor) -> Tensor:
-        z = self.w * (h.float() @ self.W.T)  # (B, d) @ (d, K) -> (B, K)
-        return z if self.b is None else z + self.b
+        return self.w * (h.float() @ self.Q.T)
 
 
-def kept_logits(y: Tensor, task: Tensor, mask: bool, seen: Tensor | None = None) -> Tensor:
-    """Which logits of the new images stay in their softmax, (B, K) bool. y (B,) labels, task (K,).
-
-    mask: softmax masking keeps the classes of the label's own task; past and future tasks are out.
-    seen (K,) bool, classes met so far, this batch included: ER-ACE's own mask (Caccia et al. 2022) keeps the
-    classes of the batch and those not seen.
-    """
-    keep = torch.ones(len(y), len(task), dtype=torch.bool, device=y.device)
-    if mask:
-        keep &= task[y][:, None] == task
-    if seen is not None:
-        present = torch.zeros_like(seen).index_fill_(0, y, True)
-        keep &= present | ~seen
-    return keep
+# %% [markdown]
+# ## Softmax masking
+# $$L = -\log \frac{e^{z_y}}{\sum_{k \in T(y)} e^{z_k}}, \qquad
+# \frac{\partial L}{\partial h} = w \sum_{k \in T(y)} (p_k - [k = y])\, q_k$$
+#
+# [Kim, part 2] $T(y)$ are the classes of the label's task. With the FNO classifier the gradient is zero,
+# exactly, in every dimension that belongs to another task: what was learned there stays.
 
 
+# %%
+def task_mask(y: Tensor, task: Tensor) -> Tensor:
+    """Which logits stay in the softmax: those of the label's own task. y (B,), task (K,) -> (B, K) bool."""
+    return task[y][:, None] == task
+
+
+def masked_ce(z: Tensor, y: Tensor, keep: Tensor) -> Tensor:
+    """Mean of -log softmax(z)_y over the logits that are kept: z (B, K), y (B,), keep (B, K) bool."""
+    return F.cross_entropy(z.masked_fill(~keep, -torch.inf), y)
+
+
+# %% [markdown]
+# ## The buffer: reservoir sampling
+# $$P(\text{image } i \text{ is kept}) = M / n \quad \text{for all } n \text{ images of the stream so far}$$
+#
+# [Vitter 1985, algorithm R] Image $n$ draws a place from $0$ to $n$ and takes it if there is such a place. So
+# the buffer is a fair sample of a stream whose length need not be known.
+
+
+# %%
 class Reservoir(nn.Module):
-    """Buffer of M rows of a stream, any M of the n seen so far equally likely (Vitter 1985, algorithm R).
+    """Buffer of M rows of a stream, any M of the n seen so far equally likely.
 
     A row is an image's index in the training set, so that each replay crops and flips it anew, and its
     logits. An image counts in every epoch of its task, as published: all tasks keep the same share.
@@ -142,18 +139,13 @@ class Reservoir(nn.Module):
 
     def add(self, index: Tensor, z: Tensor) -> None:
         """Offer B rows of the stream: index (B,) and logits z (B, K)."""
-        M = len(self.index)
-        drawn = torch.rand(len(index), generator=self.generator, dtype=torch.float64).tolist()
-        kept = {}  # {place in the buffer: row}; of two rows for one place the later one stays
-        for row, n in enumerate(range(self.seen, self.seen + len(index))):  # n: row of the stream, from 0
-            place = n if n < M else int(drawn[row] * (n + 1))  # once full: any of 0..n, kept if that is < M
-            if place < M:
-                kept[place] = row
+        n = int(self.seen) + torch.arange(len(index))  # which image of the stream, from 0
+        drawn = torch.rand(len(index), generator=self.generator, dtype=torch.float64)
+        place = torch.where(n < len(self.index), n, (drawn * (n + 1)).long())  # once full: any of 0..n
+        for row in (place < len(self.index)).nonzero().flatten():
+            self.index[place[row]] = index[row]
+            self.z[place[row]] = z[row]
         self.seen += len(index)
-        places = list(kept)
-        rows = list(kept.values())
-        self.index[places] = index[rows]
-        self.z[places] = z[rows]
 
     def draw(self, n: int) -> tuple[Tensor, Tensor]:
         """min(n, filled) different rows at random: index and logits."""
@@ -161,114 +153,31 @@ class Reservoir(nn.Module):
         return self.index[pick], self.z[pick.to(self.z.device)]
 
 
-# The losses: (logits, x, y, keep, replay, alpha, beta) -> L, and logits of new images for the buffer.
-# logits: images (B, C, H, W) -> z (B, K); which images go through the network together is part of a learner,
-# for BatchNorm. x, y: new images and labels; keep (B, K): from kept_logits. replay() draws from the buffer:
-# images, their labels, and the logits that they had when they were stored. *_: what a loss has no use for.
-
-
-def masked_ce(z: Tensor, y: Tensor, keep: Tensor) -> Tensor:
-    """Mean of -log softmax(z)_y over the logits that are kept: z (B, K), y (B,), keep (B, K) bool."""
-    return F.cross_entropy(z.masked_fill(~keep, -torch.inf), y)
-
-
-def new_images_loss(logits, x: Tensor, y: Tensor, keep: Tensor, *_) -> tuple[Tensor, Tensor]:
-    """Nothing to replay: L = CE(new)."""
-    z = logits(x)
-    return masked_ce(z, y, keep), z
-
-
-def er_loss(logits, x: Tensor, y: Tensor, keep: Tensor, replay, *_) -> tuple[Tensor, Tensor]:
-    """Experience replay: L = CE(new and replayed images together), one mean, one forward pass."""
-    x_buf, y_buf, _ = replay()
-    z = logits(torch.cat([x, x_buf]))  # (B + R, K)
-    full = keep.new_ones(len(y_buf), keep.shape[1])  # replayed images are never masked
-    return masked_ce(z, torch.cat([y, y_buf]), torch.cat([keep, full])), z[: len(y)]
-
-
-def er_sum_loss(logits, x: Tensor, y: Tensor, keep: Tensor, replay, *_) -> tuple[Tensor, Tensor]:
-    """L = CE(new) + CE(replayed), two means, two forward passes."""
-    x_buf, y_buf, _ = replay()
-    z = logits(x)
-    return masked_ce(z, y, keep) + F.cross_entropy(logits(x_buf), y_buf), z
-
-
-def der_loss(logits, x: Tensor, y: Tensor, keep: Tensor, replay, alpha: float, beta: float):
-    """DER++ (Buzzega et al. 2020): L = CE(new) + alpha MSE(z, z stored) + beta CE, of two replayed draws."""
-    x_1, _, z_1 = replay()
-    x_2, y_2, _ = replay()
-    z = logits(x)
-    distilled = F.mse_loss(logits(x_1), z_1)
-    return masked_ce(z, y, keep) + alpha * distilled + beta * F.cross_entropy(logits(x_2), y_2), z
-
-
-def energy_map(h: Tensor, y: Tensor, owner: Tensor, K: int) -> Tensor:
-    """Where features live: (K, K), entry [k, k'] = share of ||h||^2 in the dimensions of class k', mean over
-    the features of class k. Identity where the dimensions are separated. h (N, d), y (N,), owner (d,).
-    """
-    h2 = h.double().square()
-    blocks = h2.new_zeros(len(h), K).index_add_(1, owner, h2)  # (N, K)
-    share = blocks / h2.sum(1, keepdim=True).clamp_min(1e-300)  # a zero feature has no share in anything
-    total = h2.new_zeros(K, K).index_add_(0, y, share)
-    return total / torch.bincount(y, minlength=K)[:, None]  # a class without features: nan
-
+# %% [markdown]
+# # 2. Theory check
+# ## The orthogonal layer-peeled model
+# Let every sample have a free feature $h \ge 0$, $\|h\|^2 \le E_H$, and let $\|q_k\|^2 = E_W$. Under any
+# imbalance the minimum of cross-entropy is
+#
+# $$h = \sqrt{E_H / E_W}\; q_k, \qquad L = \log\left(1 + (K - 1)\, e^{-\sqrt{E_H E_W}}\right)$$
+#
+# [proof ours] All $z_j \ge 0$, so $L \ge \log(1 + (K - 1) e^{-z_k})$, and $z_k$ is largest along $q_k$.
+# Class means are then orthogonal about the origin: *zero-mean neural collapse* (ZNC). About their own mean
+# they form a simplex, as in neural collapse (NC), but do not point along $Q$.
 
 # %%
-# Imports of the other cells
 import argparse
 import itertools
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from common import (
-    Arguments,
-    Batches,
-    Claims,
-    Dataset,
-    Run,
-    UserError,
-    accuracy_per_class,
-    at_least,
-    bars,
-    class_sums,
-    collapse_metrics,
-    command_line,
-    curves,
-    finished_runs,
-    heat_maps,
-    keep_per_class,
-    mean_pairwise_cosine,
-    mean_std,
-    metric_device,
-    nc1,
-    open_run,
-    prepare_data,
-    self_duality,
-    split_name,
-    split_tasks,
-    stream_metrics,
-    styles,
-    table,
-    task_accuracies,
-    zero_mean_metrics,
-)
-
-# %% [markdown]
-# # 2. Theory check
-# The orthogonal layer-peeled model: the network below the last layer is taken to be so flexible that every
-# sample has a free feature.
+import common
 
 
-# %%
 def peeled_features(Q: Tensor, y: Tensor, E_H: float, non_negative: bool, steps: int = 4000) -> Tensor:
-    """argmin over H of mean CE(H Q^T, y), ||h_n||^2 <= E_H [and h_n >= 0]: (N, d), by projected gradient.
-
-    Convex: whatever it converges to is the optimum. Q (K, d) float64, y (N,).
-    """
-    # equal samples have equal optimal features: one free feature per class, weighted by its share
-    share = torch.bincount(y, minlength=len(Q)).double() / len(y)  # (K,)
+    """argmin over H (N, d) of mean CE(H Q^T, y), ||h_n||^2 <= E_H [and h_n >= 0]. Q (K, d), y (N,)."""
+    share = torch.bincount(y, minlength=len(Q)).double() / len(y)  # (K,): of one feature per class
     H = torch.rand(Q.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for _ in range(steps):
         # dL/dh_k = share_k (softmax(Q h_k) - e_k) Q;  on the sphere a long step is a stable one
@@ -281,47 +190,46 @@ def peeled_features(Q: Tensor, y: Tensor, E_H: float, non_negative: bool, steps:
     return H[y]
 
 
+# %%
 def toy_stream(kind: str, mask: bool, steps: int = 200) -> list[float]:
-    """Class-IL accuracy (%) on the first of two tasks, at each step of first the one and then the other.
+    """Accuracy (%) on the first of two tasks, at each step of first the one and then the other.
 
-    Two classes per task, one layer h = relu(V x), no buffer, full-batch gradient descent, float64.
+    The smallest stream that forgets: one layer h = relu(V x), two classes per task, no buffer.
     """
-    K = 4
-    d = 40
-    D = 20
     generator = torch.Generator().manual_seed(0)
-    y = torch.arange(K).repeat_interleave(50)
-    x = 2 * torch.eye(K, D, dtype=torch.float64)[y] + 1  # + 1: a direction that all share; tasks interfere
-    x += 0.3 * torch.randn(len(y), D, generator=generator, dtype=torch.float64)
-    task = split_tasks(K, 2)
-    V = (torch.randn(d, D, generator=generator, dtype=torch.float64) / D**0.5).requires_grad_()
-    W = torch.randn(K, d, generator=generator, dtype=torch.float64) / d**0.5
-    W = fno_classifier(K, d, generator) if kind == "fno" else W.requires_grad_()
-    optimizer = torch.optim.SGD([p for p in (V, W) if p.requires_grad], 0.2)
+    task = torch.tensor([0, 0, 1, 1])
+    y = torch.arange(4).repeat_interleave(50)
+    x = 2 * torch.eye(4, 20)[y] + 1  # + 1: a direction that all share, in which tasks interfere
+    x += 0.3 * torch.randn(200, 20, generator=generator)
+    V = (torch.randn(40, 20, generator=generator) / 20**0.5).requires_grad_()
+    W = (torch.randn(4, 40, generator=generator) / 40**0.5).requires_grad_()
+    if kind == "fno":
+        W = fno_classifier(4, 40, generator).float()
+    optimizer = torch.optim.SGD([V, W] if kind == "learnable" else [V], 0.2)
     curve = []
-    for t in range(2):
-        now = task[y] == t
-        keep = kept_logits(y[now], task, mask)
-        for _ in range(steps):
-            z = torch.relu(x @ V.T) @ W.T
-            right = (z.argmax(1) == y)[task[y] == 0]
-            curve.append(100 * right.double().mean().item())
-            optimizer.zero_grad()
-            masked_ce(z[now], y[now], keep).backward()
-            optimizer.step()
+    for step in range(2 * steps):
+        z = torch.relu(x @ V.T) @ W.T
+        curve.append(100 * (z.argmax(1) == y)[:100].double().mean().item())
+        now = task[y] == step // steps
+        keep = task_mask(y[now], task) | (not mask)
+        optimizer.zero_grad()
+        masked_ce(z[now], y[now], keep).backward()
+        optimizer.step()
     return curve
 
 
-def check_theory(folder: Path) -> dict:
-    """Print nine claims, each against direct optimisation; draw synthetic.png."""
-    K = 10
-    d = 64
-    E_H = 25
+# %%
+ARMS = ["learnable", "fno", "learnable + mask", "fno + mask"]
+STYLE = {**common.styles(ARMS), "joint": {"color": "black"}}
+
+
+def check_theory(folder: Path, K: int = 10, d: int = 64, E_H: float = 25) -> dict:
+    """Print seven claims, each against direct optimisation; draw synthetic.png."""
     generator = torch.Generator().manual_seed(0)
-    claims = Claims()
+    claims = common.Claims()
     Q = fno_classifier(K, d, generator)  # E_W = 1
 
-    # The optimum of the orthogonal layer-peeled model: the largest class has 20 times the smallest's images
+    # The largest class has 20 times the images of the smallest
     y = torch.arange(K).repeat_interleave(torch.linspace(20, 1, K).round().long())
     H = peeled_features(Q, y, E_H, True)
     least = math.log1p((K - 1) * math.exp(-math.sqrt(E_H)))
@@ -329,48 +237,37 @@ def check_theory(folder: Path) -> dict:
     claims.equal("The least cross-entropy, log(1+(K-1)exp(-sqrt(E_H E_W)))", least, loss, 1e-12)
     error = (H - E_H**0.5 * Q[y]).abs().max().item()
     claims.equal("   is where h = sqrt(E_H/E_W) q_k, under imbalance too: error", 0, error, 1e-9)
-
-    # What the class means look like: about the origin, and about their own mean
-    M = class_sums(H, y, K)
-    largest = zero_mean_metrics(M.mean)["znc_max_cosine"]
+    largest = common.zero_mean_metrics(common.class_means(H, y, K))["znc_max_cosine"]
     claims.equal("ZNC: class means are orthogonal about the origin, cosine", 0, largest, 1e-7)
-    cosine = mean_pairwise_cosine(M.centred, torch.arange(K))
-    claims.equal("NC: about their mean they are a simplex, cosine -1/(K-1)", -1 / (K - 1), cosine, 1e-7)
-    floor = 2 * (1 - math.sqrt(1 - 1 / K))
-    claims.equal("   not aligned with Q: NC3 = 2(1 - sqrt(1 - 1/K))", floor, self_duality(Q, M.centred), 1e-7)
     H = peeled_features(Q, torch.arange(K), E_H, False)
+    theory = math.sqrt(1 - 1 / K)
     cosine = (F.normalize(H) * Q).sum(1).min().item()
-    claims.equal("Without h >= 0 features leave q_k: cos = sqrt(1 - 1/K)", math.sqrt(1 - 1 / K), cosine, 1e-7)
+    claims.equal("Without h >= 0 features leave q_k: cos = sqrt(1 - 1/K)", theory, cosine, 1e-7)
 
     # Masked softmax and FNO: the gradient of a feature stays in its task's dimensions
-    task = split_tasks(K, 5)
+    task = common.split_tasks(K, 5)
     y = torch.randint(K, (200,), generator=generator)
     h = torch.rand(len(y), d, generator=generator, dtype=torch.float64).requires_grad_()
-    masked_ce(h @ Q.T, y, kept_logits(y, task, True)).backward()
+    masked_ce(h @ Q.T, y, task_mask(y, task)).backward()
     others = task[Q.argmax(0)] != task[y][:, None]  # (200, d): dimensions of other tasks' classes
     largest = h.grad[others].abs().max().item()
     claims.equal("FNO + mask: |dL/dh| in the dimensions of other tasks", 0, largest, 0)
 
     # Two tasks, no buffer: which classifier forgets the first one?
-    toys = {}
-    for name in STYLE:
-        kind, _, mask = name.partition(" + ")
-        curve = toy_stream(kind, bool(mask))
-        toys[name] = range(len(curve)), curve
-    end = {name: curve[-1] for name, (_, curve) in toys.items()}
+    lines = {arm: (range(400), toy_stream(arm.partition(" ")[0], "mask" in arm)) for arm in ARMS}
+    end = {arm: accuracy[-1] for arm, (_, accuracy) in lines.items()}
     claims.at_most("Two tasks, learnable: % right of the first after the second", 20, end["learnable"])
     claims.at_least("   the same for FNO + mask", 99, end["fno + mask"])
-    axes = {"xlabel": "steps; the second task begins halfway", "ylabel": "accuracy on the first task (%)"}
-    curves(folder / "synthetic.png", toys, STYLE, **axes)
+    lines["second task begins"] = [200, 200], [0, 100]
+    style = {**STYLE, "second task begins": {"color": "black", "linestyle": ":"}}
+    axes = {"xlabel": "steps", "ylabel": "accuracy on the first task (%)"}
+    common.curves(folder / "synthetic.png", lines, style, **axes)
     return claims.report(folder / "synthetic.png")
 
 
-KINDS = ["learnable", "fno"]
-STYLE = styles([*KINDS, *(f"{kind} + mask" for kind in KINDS)])
-
 # %% [markdown]
 # # 3. Network
-# All of them have features h >= 0, behind a ReLU.
+# All networks end in a ReLU, so that features are not negative.
 
 
 # %%
@@ -384,16 +281,16 @@ def mlp(pixels: int) -> nn.Module:
 
 # [copied: smallcnn]
 class SmallCNN(nn.Module):
-    """Three 3x3 convolutions with BatchNorm, ReLU and max-pool: (B, C, H, W) -> h (B, 128 * width), h >= 0.
+    """Three 3x3 convolutions with BatchNorm, ReLU and max-pool: (B, C, H, W) -> h (B, 128), h >= 0.
 
-    Ours, for a laptop: 0.09 M parameters at width 1, seven times the images per second of ResNet-32.
+    Ours, for a laptop: 0.09 M parameters, seven times the images per second of ResNet-32.
     """
 
-    def __init__(self, channels: int = 3, width: int = 1):
+    def __init__(self, channels: int = 3):
         super().__init__()
-        self.d = 128 * width
+        self.d = 128
         layers = []
-        for c in (32 * width, 64 * width, 128 * width):
+        for c in (32, 64, 128):
             conv = nn.Conv2d(channels, c, 3, padding=1, bias=False)
             layers += [conv, nn.BatchNorm2d(c), nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True)]
             channels = c
@@ -424,10 +321,24 @@ def resnet18(channels: int) -> nn.Module:
 # [end copied]
 
 
-def build_model(args: argparse.Namespace, job: "Job", data: Dataset) -> nn.ModuleDict:
-    """Network first, then classifier: with one seed, every classifier starts on the same network.
+# %%
+class LearnableHead(nn.Module):
+    """The baseline, z = W h + b, with nn.Linear's start: features (B, d) -> logits (B, K), both float32."""
 
-    Raises UserError for a classifier that needs more feature dimensions.
+    def __init__(self, K: int, d: int, bias: bool):
+        super().__init__()
+        self.W = nn.Parameter(torch.empty(K, d).uniform_(-1, 1) / math.sqrt(d))
+        self.b = nn.Parameter(torch.empty(K).uniform_(-1, 1) / math.sqrt(d)) if bias else None
+
+    def forward(self, h: Tensor) -> Tensor:
+        z = h.float() @ self.W.T
+        return z if self.b is None else z + self.b
+
+
+def build_model(args: argparse.Namespace, classifier: str, data: common.Dataset) -> nn.ModuleDict:
+    """Network first, then classifier: with one seed, both classifiers start on the same network.
+
+    Raises UserError for an FNO classifier that needs more feature dimensions.
     """
     K = len(data.classes)
     _, height, width, channels = data.train_x.shape
@@ -435,11 +346,12 @@ def build_model(args: argparse.Namespace, job: "Job", data: Dataset) -> nn.Modul
         network = mlp(height * width * channels)
     else:
         network = {"cnn": SmallCNN, "resnet18": resnet18}[args.net](channels)
-    if job.classifier == "fno" and network.d < K:
-        found = f"{K} classes need {K} feature dimensions, not {network.d}"
-        raise UserError(f"--classifier fno: {found}; try another --net")
-    classifier = Classifier(K, network.d, job.classifier, args.bias)
-    model = nn.ModuleDict({"network": network, "classifier": classifier})
+    d = network.d
+    if classifier == "fno" and d < K:
+        needed = f"{K} classes need {K} feature dimensions, not {d}"
+        raise common.UserError(f"--classifier fno: {needed}; try another --net")
+    head = FNOHead(K, d) if classifier == "fno" else LearnableHead(K, d, args.bias)
+    model = nn.ModuleDict({"network": network, "classifier": head})
     if args.net == "mlp":  # the released start of split MNIST: Glorot's weights, no bias
         for p in model.parameters():
             if p.ndim == 2:
@@ -451,301 +363,237 @@ def build_model(args: argparse.Namespace, job: "Job", data: Dataset) -> nn.Modul
 
 # %% [markdown]
 # # 4. Training
-# A method is a loss and, for ER-ACE, a mask of its own. A job is a method with a classifier and a buffer.
-
+# | learner | loss | source |
+# |---|---|---|
+# | ER | mean CE of new and replayed images, one forward pass | Chaudhry et al. 2019 |
+# | DER++ | $CE_{new} + \alpha \|z_1 - z_1^{stored}\|^2 / K + \beta\, CE_2$, two draws | Buzzega et al. 2020 |
+#
+# New images have softmax masking with `mask`; replayed ones never do. All by SGD without momentum, so that
+# nothing of a past task is left in the optimiser.
 
 # %%
-class Method(NamedTuple):
-    loss: str  # a key of LOSSES: `new` has no buffer, `er` is the one that --replay names
-    asymmetric: bool  # has ER-ACE's mask, and neither mask nor replay in the first task, as published
-    about: str
-
-
 METHODS = {
-    "sgd": Method("new", False, "one task after another, no buffer: the lower bound"),
-    "er": Method("er", False, "Experience Replay: cross-entropy of new and stored images"),
-    "er-ace": Method("er", True, "ER with Asymmetric Cross-Entropy: new images do not push old classes"),
-    "der++": Method("der++", False, "Dark Experience Replay: stored logits are kept, and stored labels"),
-    "joint": Method("new", False, "all tasks at once: the upper bound"),
+    "sgd": "one task after another, no buffer: the lower bound",
+    "er": "Experience Replay: cross-entropy of new and stored images",
+    "der++": "Dark Experience Replay: stored logits are kept, and stored labels",
+    "joint": "all tasks at once: the upper bound",
 }
-LOSSES = {"new": new_images_loss, "er-mean": er_loss, "er-sum": er_sum_loss, "der++": der_loss}
-# Published for split MNIST, CIFAR-10 and CIFAR-100 (Buzzega et al. 2020); digits are ours. Epochs per task.
-# All by SGD without momentum, so that nothing of a past task is left in the optimiser.
+# Split MNIST, CIFAR-10 and CIFAR-100 as published (Buzzega et al. 2020); digits are ours. Epochs per task.
 RECIPES = {
-    "": {"tasks": 5, "epochs": 50, "batch_size": 32, "net": "resnet18", "augment": True, "buffer": [200]},
-    "digits": {"epochs": 12, "batch_size": 10, "net": "mlp", "augment": False, "buffer": [50]},
-    "mnist": {"epochs": 1, "batch_size": 10, "net": "mlp", "augment": False},
-    "fashionmnist": {"epochs": 1, "batch_size": 10, "net": "mlp", "augment": False},
+    "": {"tasks": 5, "epochs": 50, "batch_size": 32, "net": "resnet18", "buffer": [200], "weight_decay": 0.0},
+    "digits": {"epochs": 12, "batch_size": 10, "net": "mlp", "buffer": [50]},
+    "mnist": {"epochs": 1, "batch_size": 10, "net": "mlp"},
     "cifar100": {"tasks": 10},
 }
-RECIPES[""] |= {"weight_decay": 0.0, "bias": True}
-# Released, whatever the classifier (utils/best_args.py of mammoth and FNO-classifier): data set, learner ("":
-# any), largest buffer; lr, alpha and beta of DER++, images per replayed draw (None: as many as new ones). The
-# first row that fits counts.
-ANY = math.inf
-RELEASED = [
-    ("mnist", "sgd", ANY, 0.03, None, None, None),
-    ("mnist", "er", 200, 0.01, None, None, None),
-    ("mnist", "der++", 200, 0.03, 0.2, 1.0, 128),
-    ("mnist", "der++", 500, 0.03, 1.0, 0.5, None),
-    ("mnist", "der++", ANY, 0.1, 0.2, 0.5, 64),
-    ("cifar100", "sgd", ANY, 0.03, None, None, None),
-    ("cifar100", "er-ace", ANY, 0.03, None, None, None),
-    ("cifar100", "der++", ANY, 0.03, 0.1, 0.5, None),
-    ("", "der++", 200, 0.03, 0.1, 0.5, None),
-    ("", "der++", 500, 0.03, 0.2, 0.5, None),
-    ("", "der++", ANY, 0.03, 0.1, 1.0, None),
-    ("", "", ANY, 0.1, None, None, None),
-]
+RELEASED = {  # by the authors: {data set: {learner: {buffer: (lr, alpha, beta, images per replayed draw)}}}
+    "mnist": {
+        "sgd": {0: (0.03, 0, 0, 0)},
+        "er": {200: (0.01, 0, 0, 0), 5120: (0.1, 0, 0, 0)},
+        "der++": {200: (0.03, 0.2, 1.0, 128), 500: (0.03, 1.0, 0.5, 0), 5120: (0.1, 0.2, 0.5, 64)},
+    },
+    "cifar10": {"der++": {200: (0.03, 0.1, 0.5, 0), 500: (0.03, 0.2, 0.5, 0), 5120: (0.03, 0.1, 1.0, 0)}},
+    "cifar100": {"sgd": {0: (0.03, 0, 0, 0)}, "der++": {5120: (0.03, 0.1, 0.5, 0)}},
+}
 
 
-class Job(NamedTuple):
-    """What one run is about, beside its seed."""
-
-    method: str
-    classifier: str
-    mask: bool
-    buffer: int  # 0: none
-    lr: float
-    der_alpha: float | None  # weights of DER++; None for other learners
-    der_beta: float | None
-    replay_batch: int  # images per replayed draw
-
-    @property
-    def name(self) -> str:
-        return f"{self.method}{self.buffer or ''}-{self.classifier}{'-mask' if self.mask else ''}"
+def released_setting(dataset: str, method: str, buffer: int) -> tuple[float, float, float, int]:
+    """For a buffer in between, that of the next larger one; where nothing else is released, lr 0.1."""
+    settings = RELEASED.get(common.split_name(dataset)[0], RELEASED["cifar10"]).get(
+        method, {0: (0.1, 0, 0, 0)}
+    )
+    return settings[min((size for size in settings if size >= buffer), default=max(settings))]
 
 
-def list_jobs(args: argparse.Namespace) -> list[Job]:
-    """Every learner with every classifier, mask and buffer that is wanted, in its released setting.
+def list_jobs(args: argparse.Namespace) -> dict[str, dict]:
+    """Every learner with every buffer, classifier and mask that is wanted: {run name: in what it differs}.
 
     Where neither --mask nor --no-mask is given, both are run: what the mask does is seen beside its absence.
     """
-    data = split_name(args.dataset)[0].removeprefix("fashion")  # Fashion-MNIST as MNIST
     masks = [False, True] if args.mask is None else [args.mask]
-    jobs = []
-    for method, kind, mask, buffer in itertools.product(args.method, args.classifier, masks, args.buffer):
-        if method == "joint":  # no task to mask
-            mask = False
-        if METHODS[method].loss == "new":
+    jobs = {}
+    for method, buffer, kind, mask in itertools.product(args.method, args.buffer, args.classifier, masks):
+        if method in ("sgd", "joint"):
             buffer = 0
-        for of, learner, most, *setting in RELEASED:
-            if of in ("", data) and learner in ("", method) and buffer <= most:
-                lr, alpha, beta, replayed = setting
-                break
-        jobs.append(Job(method, kind, mask, buffer, args.lr or lr, alpha, beta, replayed or args.batch_size))
-    return list(dict.fromkeys(jobs))  # each once
+        mask = mask and method != "joint"  # which has no tasks
+        name = f"{method}{buffer or ''}-{kind}{'-mask' if mask else ''}"
+        lr, alpha, beta, replay = released_setting(args.dataset, method, buffer)
+        job = {"method": method, "classifier": kind, "mask": mask, "buffer": buffer, "lr": args.lr or lr}
+        jobs[name] = {**job, "alpha": alpha, "beta": beta, "replay_batch": replay or args.batch_size}
+    return jobs
 
 
-def learning_rate(epoch: int, args: argparse.Namespace, job: Job) -> float:
+def learning_rate(epoch: int, args: argparse.Namespace, lr: float) -> float:
     """The same all along; on CIFAR-100 a tenth of it after 35 of a task's 50 epochs, and again after 45."""
-    drops = (0.7, 0.9) if split_name(args.dataset)[0] == "cifar100" else ()
-    return job.lr * 0.1 ** sum(epoch >= round(drop * args.epochs) for drop in drops)
+    drops = (0.7, 0.9) if common.split_name(args.dataset)[0] == "cifar100" else ()
+    return lr * 0.1 ** sum(epoch >= round(drop * args.epochs) for drop in drops)
 
 
-def train(args: argparse.Namespace, job: Job, seed: int, data: Dataset, run: Run) -> dict:
+# %%
+def train(args: argparse.Namespace, run: common.Run, data: common.Dataset) -> dict:
     """Train one job with one seed, from its last checkpoint on. Returns what was measured at the end."""
-    method = METHODS[job.method]
-    torch.manual_seed(seed)  # initial weights, and which dimensions a class owns
-    generator = torch.Generator().manual_seed(seed)  # order, crops, flips and the buffer
-    model = build_model(args, job, data).to(run.device, memory_format=torch.channels_last)
+    job = argparse.Namespace(**run.config["setting"])
+    torch.manual_seed(run.seed)  # initial weights, and which dimensions a class owns
+    generator = torch.Generator().manual_seed(run.seed)  # order, crops, flips and the buffer
+    model = build_model(args, job.classifier, data).to(run.device, memory_format=torch.channels_last)
     network, classifier = run.prepare(model)  # speed only: --compile
     optimizer = torch.optim.SGD(model.parameters(), job.lr, weight_decay=args.weight_decay, fused=run.fused)
-    images = Batches(data.train_x, data.mean, data.std, pad=data.pad, flip=data.flip, device=run.device)
-    task = split_tasks(len(data.classes), args.tasks)  # (K,): the task of each class
-    stage = task[data.train_y]  # (N,): when each image comes
-    if job.method == "joint":
-        stage = torch.zeros_like(stage)  # all at once
-    stages = int(stage.max()) + 1
-    task = task.to(run.device)
+    views = common.Batches(data.train_x, data.mean, data.std, pad=data.pad, flip=data.flip, device=run.device)
+    labels = data.train_y.to(run.device)  # (N,)
+    task = common.split_tasks(len(data.classes), 1 if job.method == "joint" else args.tasks).to(run.device)
     memory = Reservoir(job.buffer, len(task), generator, run.device)
-    seen = torch.zeros_like(task, dtype=torch.bool)  # (K,): the classes met so far
-    replay_loss = f"er-{args.replay}" if method.loss == "er" else method.loss
 
-    def logits(x: Tensor) -> Tensor:
+    def forward(x: Tensor) -> Tensor:
         with run.autocast():  # bf16 inside the network only
             h = network(x)  # (B, d)
         return classifier(h)  # (B, K)
 
-    def replay() -> tuple[Tensor, Tensor, Tensor]:
-        index, z = memory.draw(job.replay_batch)
-        return images.load(index, generator), data.train_y[index].to(run.device), z
-
-    parts = {"model": model, "optimizer": optimizer, "generator": generator, "memory": memory, "seen": seen}
-    for epoch in run.epochs(stages * args.epochs, **parts):  # from the last checkpoint on
-        t = epoch // args.epochs
-        lr = learning_rate(epoch % args.epochs, args, job)
-        optimizer.param_groups[0]["lr"] = lr
-        # The stream: images of the present task alone, in random order
-        present = (stage == t).nonzero().flatten()
+    parts = {"model": model, "optimizer": optimizer, "generator": generator, "memory": memory}
+    for epoch in run.epochs((int(task.max()) + 1) * args.epochs, **parts):  # from the last checkpoint on
+        optimizer.param_groups[0]["lr"] = learning_rate(epoch % args.epochs, args, job.lr)
+        present = (task[labels] == epoch // args.epochs).nonzero().flatten().cpu()  # one task's images
         order = present[torch.randperm(len(present), generator=generator)]
-        labels = data.train_y[order].to(run.device)
-        # ER-ACE, as published: neither its mask nor a replay in the first task
-        ace = method.asymmetric and t > 0
-        replays = t > 0 or not method.asymmetric
         model.train()
-        for part, x in images.epoch(order, args.batch_size, generator):  # (B, C, H, W)
-            y = labels[part]  # (B,)
-            seen[y] = True
-            keep = kept_logits(y, task, job.mask, seen if ace else None)  # (B, K): classes y competes with
-            loss_of = LOSSES[replay_loss if replays and len(memory) else "new"]
-            loss, z = loss_of(logits, x, y, keep, replay, job.der_alpha, job.der_beta)
+        for part, x in views.epoch(order, args.batch_size, generator):  # (B, C, H, W)
+            y = labels[order[part]]  # (B,)
+            keep = task_mask(y, task) | (not job.mask)  # (B, K): the logits in the softmax
+            if job.method == "er" and len(memory):  # replayed images, never masked, join the batch
+                index, _ = memory.draw(job.replay_batch)
+                x = torch.cat([x, views.load(index, generator)])
+                y = torch.cat([y, labels[index]])
+                keep = torch.cat([keep, keep.new_ones(len(index), len(task))])
+            z = forward(x)
+            loss = masked_ce(z, y, keep)
+            if job.method == "der++" and len(memory):
+                index, z_1 = memory.draw(job.replay_batch)
+                x_1 = views.load(index, generator)
+                loss = loss + job.alpha * F.mse_loss(forward(x_1), z_1)
+                index, _ = memory.draw(job.replay_batch)
+                x_2 = views.load(index, generator)
+                loss = loss + job.beta * F.cross_entropy(forward(x_2), labels[index])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             if job.buffer:
                 memory.add(order[part], z.detach())
             run.add_loss(loss)  # stays on the device; read once per epoch
-        run.log(task=t, lr=lr)
         if run.is_test_epoch(epoch) or (epoch + 1) % args.epochs == 0:
-            run.log(**test(model, job, data, present, run))
-    return measure(model, job, data, run)
+            run.log(**test(model, job.mask, data, present, run))
+    return measure(model, data, run)
 
 
 # %% [markdown]
-# # 5. Results
+# # 5. Results: accuracies by *class-IL*, all classes compete, and *task-IL*, those of the own task do
 
 
 # %%
 @torch.no_grad()
-def embed(model: nn.ModuleDict, images: Tensor, data: Dataset, run: Run) -> tuple[Tensor, Tensor]:
+def embed(model: nn.ModuleDict, images: Tensor, data: common.Dataset, run: common.Run) -> tuple:
     """Features h (N, d) and logits z (N, K) of every image in order, neither cropped nor flipped."""
     model.eval()
-    where = metric_device(run.device)
     hs = []
     zs = []
-    for _, x in Batches(images, data.mean, data.std, device=run.device).all(250):
+    for _, x in common.Batches(images, data.mean, data.std, device=run.device).all(250):
         with run.autocast():
             h = model["network"](x)
         hs.append(h.float())
         zs.append(model["classifier"](h))
-    return torch.cat(hs).to(where), torch.cat(zs).to(where)
+    return torch.cat(hs), torch.cat(zs)
 
 
-def test(model: nn.ModuleDict, job: Job, data: Dataset, present: Tensor, run: Run) -> dict:
+def test(model: nn.ModuleDict, mask: bool, data: common.Dataset, present: Tensor, run: common.Run) -> dict:
     """A row of each accuracy matrix, and how well the training images of the present task are fitted."""
-    task = split_tasks(len(data.classes), run.args.tasks)
+    task = common.split_tasks(len(data.classes), run.args.tasks)
     _, z = embed(model, data.test_x, data, run)
-    class_il, task_il = task_accuracies(z, data.test_y.to(z.device), task)
+    class_il, task_il = common.task_accuracies(z, data.test_y.to(z.device), task)
     _, z = embed(model, data.train_x[present], data, run)
-    trained = task_accuracies(z, data.train_y[present].to(z.device), task)
-    fit = trained[1 if job.mask else 0].nanmean()  # masked: only the task's own classes competed
+    trained = common.task_accuracies(z, data.train_y[present].to(z.device), task)
+    fit = trained[1 if mask else 0].nanmean()  # masked: only the task's own classes competed
     return {"class_il": class_il.tolist(), "task_il": task_il.tolist(), "fit": float(fit)}
 
 
+def own_energy(h: Tensor, y: Tensor, owner: Tensor, K: int) -> float:
+    """Mean share of ||h||^2 in its class's dimensions. h (N, d), y (N,); owner (d,): of the largest w_kj."""
+    h2 = h.double().square()
+    own = (h2 * (owner == y[:, None])).sum(1) / h2.sum(1).clamp_min(1e-300)  # of a zero feature: 0
+    return float(common.class_means(own[:, None], y, K).nanmean())
+
+
 @torch.no_grad()
-def measure(model: nn.ModuleDict, job: Job, data: Dataset, run: Run) -> dict:
+def measure(model: nn.ModuleDict, data: common.Dataset, run: common.Run) -> dict:
     """Everything that is measured after training, on all images; writes features.npz: z = h W^T + b."""
     train_h, train_z = embed(model, data.train_x, data, run)
     test_h, test_z = embed(model, data.test_x, data, run)
     train_y = data.train_y.to(test_h.device)
     test_y = data.test_y.to(test_h.device)
-    classifier = model["classifier"]
-    W = classifier.W.detach().to(test_h.device)
-    K = len(W)
-    owner = W.argmax(0)  # a learnable classifier owns no dimensions: the class of the largest w_kj
-    energy = energy_map(test_h, test_y, owner, K)
-    features = {"train_h": train_h, "train_y": train_y, "test_h": test_h, "test_y": test_y}
-    if classifier.b is not None:
-        features["b"] = classifier.b
-    run.save_features(**features, W=float(classifier.w) * W, energy=energy)
+    head = model["classifier"]
+    W = head.W.to(test_h.device)
+    bias = {} if head.b is None else {"b": head.b}
+    run.save_features(train_h=train_h, train_y=train_y, test_h=test_h, test_y=test_y, W=W, **bias)
 
-    sums = class_sums(train_h, train_y, K)
-    old = (split_tasks(K, run.args.tasks) < run.args.tasks - 1).nonzero().flatten()  # classes of past tasks
-    collapsed = collapse_metrics(train_h, train_y, W, train_z.argmax(1), old)
+    K = len(W)
+    tasks = run.args.tasks
+    old = (common.split_tasks(K, tasks) < tasks - 1).nonzero().flatten()  # classes of past tasks
     ends = run.history[run.args.epochs - 1 :: run.args.epochs]  # the last epoch of each task
     R = torch.tensor([line["class_il"] for line in ends], dtype=torch.float64)  # (tasks, tasks)
     R_own = torch.tensor([line["task_il"] for line in ends], dtype=torch.float64)
-    stream = stream_metrics(R)
+    stream = common.stream_metrics(R)
+    M = common.class_means(train_h, train_y, K)
     prediction = test_z.argmax(1)
     return {
-        **job._asdict(),
         "class_il": stream["average"],
-        "task_il": stream_metrics(R_own)["average"],
+        "task_il": common.stream_metrics(R_own)["average"],
         "forgetting": stream["forgetting"],
-        "backward_transfer": stream["backward_transfer"],
         "accuracy": float((prediction == test_y).double().mean()),
         "train_accuracy": float((train_z.argmax(1) == train_y).double().mean()),
         "fit": float(np.mean([line["fit"] for line in ends])),
-        "own_energy": float(energy.diagonal().nanmean()),
-        **{key.replace("minority", "old"): value for key, value in collapsed.items()},
-        "znc1": nc1(train_h, train_y, sums, centred=False)[0],  # about the origin
-        **zero_mean_metrics(sums.mean, W),
+        "own_energy": own_energy(test_h, test_y, W.argmax(0), K),
+        "old_cosine_W": common.mean_pairwise_cosine(W, old.to(W.device)),
+        "nc3": common.self_duality(W, M - M.mean(0)),
+        **common.zero_mean_metrics(M, W),
         "matrix_class_il": R.tolist(),
         "matrix_task_il": R_own.tolist(),
-        "per_class": accuracy_per_class(prediction, test_y, K).tolist(),
     }
 
 
-def by_job(runs: list[Run]) -> dict[str, list[Run]]:
-    """The seeds of each job together, {"er50-fno-mask": [...]}, in the order of METHODS, learnable first."""
+# %%
+COLUMNS = {  # entry of result.json: title, unit, what it is
+    "class_il": ("class-IL", "%", "of the test images after the last task, all classes compete"),
+    "task_il": ("task-IL", "%", "the same, where only the image's own task competes"),
+    "forgetting": ("forgetting", "%", "fall of a task's class-IL from its best; without the last task"),
+    "fit": ("fit", "%", "of a task's training images at its end, within its softmax"),
+    "own_energy": ("own energy", "%", "of a test feature's squared norm lie in its class's dimensions"),
+    "old_cosine_W": ("old cos W", "", "mean cosine of past tasks' class vectors; 1: collapsed"),
+    "znc_alignment": ("ZNC3", "", "distance of class means from class vectors, about the origin"),
+    "nc3": ("NC3", "", "the same about their own mean"),
+}
 
-    def place(run: Run) -> tuple:
-        job = run.finished
-        return list(METHODS).index(job["method"]), job["buffer"], job["classifier"] == "fno", job["mask"]
 
-    found = {}
-    for run in sorted(runs, key=place):
-        found.setdefault(run.folder.parent.name, []).append(run)
-    return found
-
-
-def draw_figures(folder: Path, runs: list[Run]) -> None:
-    """Three figures of finished runs, jobs side by side: means over seeds, feature maps of the first seed."""
-    class_il = {}  # {"fno + mask": {"er, buffer 50": class-IL of every seed}}
+def draw_figures(folder: Path, runs: list[common.Run]) -> None:
+    """class_il.png, bars of the learners; forgetting.png, maps of the streams. Means over seeds."""
+    order = ["learnable", "learnable + mask", "joint", "fno", "fno + mask"]
+    class_il = {bar: {} for bar in order}  # {bar: {learner: class-IL of every seed}}
     streams = {}
-    energy = {}
-    for name, seeds in by_job(runs).items():
-        results = [run.finished for run in seeds]
-        job = results[0]
+    for run in runs:
+        job = run.config["setting"]
         learner = f"{job['method']}, buffer {job['buffer']}" if job["buffer"] else job["method"]
-        arm = f"{job['classifier']} + mask" if job["mask"] else job["classifier"]
-        class_il.setdefault(arm, {})[learner] = [100 * result["class_il"] for result in results]
-        if job["method"] != "joint":  # which has no past
-            streams[name] = 100 * np.mean([result["matrix_class_il"] for result in results], axis=0)
-        energy[name] = 100 * seeds[0].load_features()["energy"]
-
-    bars(folder / "class_il.png", class_il, STYLE, ylabel="class-IL accuracy (%)", ylim=(0, 100))
-    options = {"limits": (0, 100), "diverging": False}
+        bar = f"{job['classifier']} + mask" if job["mask"] else job["classifier"]
+        if job["method"] == "joint":
+            learner = f"joint, {bar}"
+            bar = "joint"
+        else:  # joint training has no past
+            R = 100 * np.array(run.finished["matrix_class_il"])
+            streams.setdefault(f"{learner}\n{bar}", []).append(R)
+        class_il[bar].setdefault(learner, []).append(100 * run.finished["class_il"])
+    class_il = {bar: groups for bar, groups in class_il.items() if groups}
+    common.bars(folder / "class_il.png", class_il, STYLE, ylabel="class-IL accuracy (%)", ylim=(0, 100))
     if streams:
-        T = runs[0].config["flags"]["tasks"]
+        T = job["tasks"]
+        later = np.triu(np.full((T, T), np.nan), 1)  # white: tasks that are still to come
+        maps = {name: np.mean(seeds, 0) + later for name, seeds in streams.items()}
         axes = {"xticks": range(T), "xticklabels": range(1, T + 1), "xlabel": "task"}
         axes |= {"yticks": range(T), "yticklabels": range(1, T + 1), "ylabel": "tasks learned"}
-        heat_maps(folder / "forgetting.png", streams, label="class-IL accuracy (%)", **options, **axes)
-    axes = {"label": "share of the features' squared norm (%)", "xlabel": "dimensions of class"}
-    heat_maps(folder / "feature_energy.png", energy, ylabel="features of class", **options, **axes)
-
-
-def print_results(runs: list[Run], folder: Path) -> None:
-    """A table with one row per job, mean ± std over seeds, and what its columns and figures mean."""
-    percent = ["class_il", "train_accuracy", "fit", "task_il", "forgetting", "own_energy"]
-    rows = []
-    for name, seeds in by_job(runs).items():
-        found = [run.finished for run in seeds]
-        cells = [mean_std([result[key] for result in found], 1, 100) for key in percent]
-        for key in ("old_cosine_W", "znc_alignment", "nc3"):
-            cells.append(mean_std([result[key] for result in found]))
-        rows.append([name, len(seeds), *cells])
-    header = ["method-classifier", "seeds", "class-IL", "train", "fit", "task-IL", "forgetting", "own energy"]
-    print("\n" + table([*header, "old cos W", "ZNC3", "NC3"], rows))
-    short = [run.folder.parent.name for run in runs if run.finished["fit"] < 0.99]
-    if short:
-        print(f"not trained to convergence (fit below 99%): {', '.join(dict.fromkeys(short))}")
-    print("""class-IL: % of the test images after the last task, all classes compete, mean over tasks
-train: the same of the training images; task-IL: only the classes of the image's own task compete
-fit: % of a task's training images right when it was learned, by what its softmax ran over
-forgetting: how far the accuracy on a task falls from its best, mean over all tasks but the last
-own energy: share (%) of a test feature's squared norm in the dimensions of its class
-old cos W: mean cosine of the past tasks' class vectors; 1: they have collapsed
-ZNC3, NC3: distance of the class means from the class vectors, about the origin and about their own mean""")
-    for name in dict.fromkeys(run.finished["method"] for run in runs):
-        print(f"{name}: {METHODS[name].about}")
-    print(f"""learnable: trained class vectors; fno: Fixed Non-negative Orthogonal ones
--mask: the softmax of new images runs over the classes of their own task
-figures in {folder}:
-  class_il.png        class-IL accuracy of each learner with each classifier, with and without mask
-  forgetting.png      accuracy on each task along the stream: a column that grows dark downwards is forgetting
-  feature_energy.png  where features live: a diagonal means that classes have dimensions of their own""")
+        axes |= {"label": "class-IL accuracy (%)", "limits": (0, 100), "diverging": False}
+        common.heat_maps(folder / "forgetting.png", maps, **axes)
 
 
 # %% [markdown]
@@ -755,71 +603,64 @@ figures in {folder}:
 # %%
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, with every default filled in. Raises UserError."""
-    about = {name: method.about for name, method in METHODS.items()}
-    usual = ["sgd", "er", "joint"]
-    title = __doc__.partition("\n")[0]
-    flags = Arguments("fno_continual", title, about, usual, RECIPES, eval_every=None)
-    add = flags.add
-    both = argparse.BooleanOptionalAction
-    add("--classifier", nargs="+", default=KINDS, choices=KINDS, help="fno: needs d >= K")
-    add("--mask", action=both, help="softmax of new images over their own task; neither flag: both ways")
-    add("--buffer", type=at_least(2), nargs="+", help="images kept, one or more sizes: 200, digits 50")
-    add("--tasks", type=at_least(1), help="number of tasks: 5, cifar100 10")
-    add("--replay", choices=["mean", "sum"], default="mean", help="ER, ER-ACE: one mean, or two summed")
-    add("--bias", action=both, help="of the learnable classifier")
+    flags = common.Flags("fno_continual", __doc__)
+    add = flags.add_argument
+    kinds = ["learnable", "fno"]
+    switch = argparse.BooleanOptionalAction
+    add("--classifier", nargs="+", default=kinds, choices=kinds, help="fno: needs d >= K")
+    add("--mask", action=switch, help="softmax of new images over their task; else both ways")
+    add("--buffer", type=int, nargs="+", help="images kept, one or more sizes")
+    add("--tasks", type=int, help="number of tasks")
+    add("--bias", action=switch, default=True, help="of the learnable classifier")
     add("--net", choices=["mlp", "cnn", "resnet18"], help="features behind a ReLU; mlp: split MNIST's")
-    add("--per-class", type=at_least(2), help="training images of each class, for a shorter run; else all")
-    add("--augment", action=both, help="crop and flip, replayed images too; digits, (fashion)mnist: no")
-    args = flags.parse(argv)
-    if args.batch_size < 3:  # else a batch may be a single image, which has no variance for BatchNorm
-        raise UserError(f"--batch-size {args.batch_size}: expected 3 or more")
+    add("--per-class", type=int, help="training images of each class; else all")
+    args = flags.parse(argv, METHODS, ["sgd", "er", "joint"], RECIPES, eval_every=None)
     if args.dry_run:
         args.epochs = 2  # of one step each, so that the second one replays
-    args.eval_every = args.eval_every or args.epochs  # a stream is tested at the end of each task at least
+    args.eval_every = args.eval_every or args.epochs  # each task's end is tested
     return args
 
 
-def select_images(args: argparse.Namespace, jobs: list[Job], data: Dataset) -> Dataset:
-    """The training images of --per-class, as the network gets them. UserError if that is no stream."""
+def select_images(args: argparse.Namespace, data: common.Dataset) -> common.Dataset:
+    """The training images of --per-class, as the network gets them. UserError if they make no stream."""
     if args.per_class:
-        keep = keep_per_class(data.train_y, args.per_class)  # the same images for every seed
-        data = data._replace(train_x=data.train_x[keep], train_y=data.train_y[keep])
+        chosen = common.keep_per_class(data.train_y, args.per_class)  # whatever the seed
+        data = common.keep(data, chosen)
     if args.net == "mlp":  # pixels in [0, 1], as released for split MNIST
         data = data._replace(mean=torch.zeros_like(data.mean), std=torch.ones_like(data.std))
-    if not args.augment:
+    if data.train_x.shape[3] == 1:  # grey images are neither cropped nor flipped, as released
         data = data._replace(pad=0, flip=False)
-    task = split_tasks(len(data.classes), args.tasks)
-    images = torch.bincount(task[data.train_y])
+    task = common.split_tasks(len(data.classes), args.tasks)
+    images = torch.bincount(task[data.train_y], minlength=args.tasks)
     if images.min() < 2:  # BatchNorm needs two
-        found = f"task {images.argmin() + 1} has {images.min()} training images, expected 2 or more"
-        raise UserError(f"--tasks {args.tasks}: {found}")
-    classes = torch.bincount(task)
-    if any(job.mask for job in jobs) and classes.min() < 2:
-        found = f"task {classes.argmin() + 1} has one class, and a softmax over one class has no gradient"
-        raise UserError(f"--mask: {found}; choose fewer --tasks, or --no-mask")
+        raise common.UserError(
+            f"--tasks {args.tasks}: task {images.argmin() + 1} has under 2 training images"
+        )
+    if args.mask is not False and set(args.method) != {"joint"} and torch.bincount(task).min() < 2:
+        raise common.UserError("--mask: one class in a task, nothing to compete; fewer --tasks or --no-mask")
     return data
 
 
+@common.own_torch_settings()
 def main(argv: list[str] | None = None) -> dict:
     """Train every job with every seed, print the table, draw the figures. Raises UserError."""
     args = parse(argv)
     if args.synthetic:
         return check_theory(args.out / "fno_continual" / "synthetic")
     jobs = list_jobs(args)
-    data = select_images(args, jobs, prepare_data(args))
-    for job in jobs:  # says what is wrong with a model before the first one is trained
-        build_model(args, job, data)
-    print(f"{len(jobs)} jobs, {args.epochs} epochs per task, {args.tasks} tasks")
-    runs = []
-    for job, seed in itertools.product(jobs, args.seed):
-        run = open_run(args, job.name, seed, data, **job._asdict())
-        if not run.finished:
-            run.finish(train(args, job, seed, data, run))
-        runs.append(run)
-    print_results(runs, args.folder)
-    draw_figures(args.folder, finished_runs(args, runs, aside=Job._fields))
+    data = select_images(args, common.prepare_data(args))
+    for job in jobs.values():  # fail early: build every model first
+        build_model(args, job["classifier"], data)
+    for run in common.runs(args, data, jobs):
+        run.finish(train(args, run, data))
+    runs = common.finished_runs(args, data, jobs)
+    common.print_table(runs, COLUMNS, {})
+    for name in args.method:
+        print(f"{name}: {METHODS[name]}")
+    print("learnable, fno: trained or fixed class vectors; -mask: softmax masking")
+    draw_figures(args.folder, runs)
     return {"results": [run.finished for run in runs], "folder": str(args.folder)}
 
 
 if __name__ == "__main__":
-    command_line(main)
+    common.command_line(main)
