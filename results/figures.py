@@ -136,14 +136,18 @@ def minority_cosine(runs: list[Run], path: Path) -> None:
 def predict_nc0(run: Run, epochs: list[int], measured: list[float]) -> np.ndarray:
     """NC0 of an SGD run from the first measured epoch on, if nothing but weight decay changes it.
 
-    Cross-entropy's gradient in W sums to 0 over the classes. With momentum m, learning rates lr_t and weight
-    decay lam that leaves NC0(t) = NC0(1) exp(-2 sum_t lr_t lam / (1 - m)) (derived here).
+    Cross-entropy's gradient in W sums to 0 over the classes, so that their sum s follows s <- s - lr v,
+    v <- m v + lam s, with momentum m, learning rate lr and weight decay lam: about exp(-sum lr lam / (1 - m)).
     """
     setting = run.config["setting"]
-    steps = -(-sum(run.finished["counts"]) // setting["batch_size"])  # of an epoch
-    decay = steps * np.cumsum([line["lr"] for line in run.history]) * setting["weight_decay"] / (1 - 0.9)
-    decay = decay[np.array(epochs) - 1]
-    predicted = measured[0] * np.exp(-2 * (decay - decay[0]))
+    s, v = 1.0, 0.0
+    sums = []
+    for line in run.history:
+        for _ in range(-(-sum(run.finished["counts"]) // setting["batch_size"])):  # steps of an epoch
+            v = 0.9 * v + setting["weight_decay"] * s
+            s -= line["lr"] * v
+        sums.append(s)
+    predicted = measured[0] * np.square([sums[epoch - 1] / sums[epochs[0] - 1] for epoch in epochs])
     print(f"SGD: NC0 {measured[-1]:.2g} at the end, predicted {predicted[-1]:.2g}")
     return predicted
 
@@ -210,7 +214,7 @@ def three_collapses(runs: list[Run], path: Path) -> None:
         "Inter-class: old classes fall\nonto the new ones",
     ]
     titles.append("Minority: rare classes share\none class vector")
-    labels = ["test features, class by class", "test features, sorted by new class"]
+    labels = ["test features, sorted by direction", "test features, sorted by new class"]
     labels.append("class vectors, common to rare")
     figure = Figure(figsize=(10.5, 3.9), layout="constrained")
     for plot, C, classes, title, label in zip(
