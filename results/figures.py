@@ -137,7 +137,7 @@ def predict_nc0(run: Run, epochs: list[int], measured: list[float]) -> np.ndarra
     """NC0 of an SGD run from the first measured epoch on, if nothing but weight decay changes it.
 
     Cross-entropy's gradient in W sums to 0 over the classes, so that their sum s follows s <- s - lr v,
-    v <- m v + lam s, with momentum m, learning rate lr and weight decay lam: about exp(-sum lr lam / (1 - m)).
+    v <- m v + lam s, with momentum m, learning rate lr and weight decay lam: it decays, and nothing else.
     """
     setting = run.config["setting"]
     s, v = 1.0, 0.0
