@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> dict:
     missing = [key for key in args.columns or [] if key not in there]
     if missing:
         raise UserError(f"--columns {' '.join(missing)}: in no result.json below these folders")
-    known |= {f"heads.{name}": (title, "%") for name, title in HEADS.items()}
+    known = {f"heads.{name}": (title, "%") for name, title in HEADS.items()} | known
     kept = there if args.columns else there[:6]
     text = markdown(rows, {key: known.get(key, (key, " ")) for key in kept})  # a unit of its own: four digits
     print(text)
