@@ -41,7 +41,7 @@ def compare(runs: list[Run], *free: str, keys: list[str] | None = None) -> None:
     seen = {}
     for run in runs:
         setting = run.config["setting"]
-        for key in keys or first.keys() | setting.keys():
+        for key in keys or sorted(first.keys() | setting.keys()):
             if key not in free and setting.get(key) != first.get(key):
                 there = f"{first.get(key)} in {runs[0].folder}"
                 raise UserError(f"{run.folder}: {key} is {setting.get(key)}, but {there}; give one setting")
