@@ -1143,9 +1143,9 @@ COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = "os^DPXv<"
 # One colour and marker per method in all figures
 STYLES = dict.fromkeys(["ce", "learnable", "none"], 0) | dict.fromkeys(["mixup", "ce+mixup", "fno"], 1)
-STYLES |= {"bmls+ms": 2, "sphere": 2, "cosine": 3, "cb": 3, "hug-mhe": 3, "cb-mixup": 4, "etf+ce": 4}
-STYLES |= {"etf+dr+mixup": 5, "bmls": 5, "etf+dr": 6, "balanced-softmax": 6, "cb+ms": 7}
-STYLES |= {"fixed+ce": 1, "fixed+squared": 2, "hug-fixed": 4, "fixed+distance": 5, "hug-mhe-squared": 6}
+STYLES |= {"bmls+ms": 2, "sphere": 2, "cosine": 3, "cb": 3, "hug-fixed": 3, "cb-mixup": 4, "etf+ce": 4}
+STYLES |= {"etf+dr": 5, "bmls": 5, "etf+dr+mixup": 6, "balanced-softmax": 6, "cb+ms": 7}
+STYLES |= {"fixed+ce": 1, "fixed+squared": 2, "hug-mhe": 4, "fixed+distance": 5, "hug-mhe-squared": 6}
 STYLES |= {"hug-mhs": 5, "hug-mgd": 6, "ce+norm": 7}
 
 
