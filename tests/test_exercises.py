@@ -1,7 +1,5 @@
 """Solutions of results/exercises.md, whose code blocks run as they are printed, and the lecture."""
 
-import contextlib
-import io
 import re
 import runpy
 from pathlib import Path
@@ -24,8 +22,8 @@ def numbers(text):
 
 
 @pytest.fixture
-def block(tmp_path, monkeypatch):
-    """block(number, old=new, ...) runs an exercise's code in an empty folder, and returns what it printed."""
+def block(tmp_path, monkeypatch, capsys):
+    """block(number, (old, new), ...) runs an exercise's code in an empty folder, and returns what it printed."""
     monkeypatch.chdir(tmp_path)
 
     def run(number, *changes):
@@ -33,10 +31,8 @@ def block(tmp_path, monkeypatch):
         for old, new in changes:
             assert old in code
             code = code.replace(old, new)
-        output = io.StringIO()
-        with contextlib.redirect_stdout(output):
-            exec(code, {})  # noqa: S102
-        return output.getvalue()
+        exec(code, {})  # noqa: S102
+        return capsys.readouterr().out
 
     return run
 
