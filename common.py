@@ -338,7 +338,7 @@ class Batches:
         self.pad = pad
         self.flip = flip
         self.device = torch.device(device)
-        self.padded = F.pad(images, (0, 0, pad, pad, pad, pad)).to(device)
+        self.pixels = F.pad(images, (0, 0, pad, pad, pad, pad)).to(device).flatten(0, 2)  # (N H' W', C)
         self.rows = torch.arange(self.H, device=device)
         self.columns = torch.arange(self.W, device=device)
         # (x / 255 - mean) / std = x * scale + shift, repeated over a row so that it vectorises
@@ -376,10 +376,10 @@ class Batches:
 
     def _crop(self, views: Tensor) -> Tensor:
         """The views (4, B), normalised: (B, C, H, W) float32, channels_last in memory."""
-        image, top, left, mirror = views
-        rows = top[:, None] + self.rows  # (B, H)
-        cols = left[:, None] + torch.where(mirror[:, None] > 0, self.columns.flip(0), self.columns)  # (B, W)
-        x = self.padded[image[:, None, None], rows[:, :, None], cols[:, None, :]]  # (B, H, W, C)
+        image, top, left, mirror = (view[:, None] for view in views)  # (B, 1) each
+        rows = image * (self.H + 2 * self.pad) + top + self.rows  # (B, H): of all images below each other
+        cols = left + torch.where(mirror > 0, self.columns.flip(0), self.columns)  # (B, W)
+        x = self.pixels[rows[:, :, None] * (self.W + 2 * self.pad) + cols[:, None]]  # (B, H, W, C)
         return torch.addcmul(self.shift, x.flatten(2).float(), self.scale).view(x.shape).permute(0, 3, 1, 2)
 
 
@@ -646,10 +646,6 @@ class Claims:
     def at_most(self, claim: str, bound: float, measured: float, tolerance: float = 0.0) -> None:
         """Holds where measured <= bound + tolerance."""
         self.equal(f"{claim}, at most", bound, measured, tolerance, max(measured - bound, 0.0))
-
-    def at_least(self, claim: str, bound: float, measured: float, tolerance: float = 0.0) -> None:
-        """Holds where measured >= bound - tolerance."""
-        self.equal(f"{claim}, at least", bound, measured, tolerance, max(bound - measured, 0.0))
 
     def report(self, figure: Path) -> dict:
         """Print the summary; {"ok": whether all claims hold, ...}, what a script's main returns."""
@@ -969,7 +965,8 @@ class Run:
                     part.set_state(state[name])
                 else:
                     part.load_state_dict(state[name])
-            print(f"{self.title}: goes on after epoch {state['epoch']}")
+            last = self.history[state["epoch"] - 1]["loss"]  # missing: metrics.jsonl was cut
+            print(f"{self.title}: goes on after epoch {state['epoch']}, loss {last:.3g}")
             return state["epoch"]
 
         unpack = functools.partial(torch.load, map_location="cpu", weights_only=True)  # no code
@@ -1021,20 +1018,21 @@ def runs(args: Namespace, data: Dataset, jobs: dict[str, dict] | None = None) ->
     for name, job in (jobs or {name: {} for name in args.method}).items():
         for seed in args.seed:
             folder = args.folder / name / f"seed{seed}"
-            lock = filelock.FileLock(folder / ".lock", is_singleton=True)  # until this process dies
-            with first_rank_first():
-                try:
+            lock = filelock.FileLock(folder / ".lock", is_singleton=True)  # until the process dies
+            try:
+                with first_rank_first():
                     folder.mkdir(parents=True, exist_ok=True)
                     if not ranks()[0]:
                         lock.acquire(timeout=0)
-                except filelock.Timeout:
-                    raise UserError(f"{folder}: another command is at work here; change --out") from None
-                except OSError as error:
-                    raise UserError(f"{folder}: cannot be written ({error.strerror}); change --out") from None
-                run = _open(folder, args, _setting(args, data, job), seed)
-            if not run.finished:
-                yield run
-            lock.release()
+                    run = _open(folder, args, _setting(args, data, job), seed)
+                if not run.finished:
+                    yield run
+            except filelock.Timeout:
+                raise UserError(f"{folder}: another command is at work here; change --out") from None
+            except OSError as error:
+                raise UserError(f"{folder}: cannot be written ({error.strerror}); change --out") from None
+            finally:  # also where it is refused: in a notebook the error's traceback would hold the lock
+                lock.release()
 
 
 def _setting(args: Namespace, data: Dataset, job: dict) -> dict:
@@ -1121,9 +1119,10 @@ def command_line(main) -> None:
         sys.stdout = open(os.devnull, "w")  # only rank 0 prints
     codecs.register_error("plain", lambda e: ("+-" if e.object[e.start] == "±" else "?", e.start + 1))
     sys.stdout.reconfigure(errors="plain")  # ± or a class name may not exist in the terminal's encoding
+    refusals = (UserError, RuntimeError) if ranks()[0] else UserError  # gloo's, once rank 0 has stopped
     try:
         result = main()
-    except UserError as error:
+    except refusals as error:
         time.sleep(5 if ranks()[0] else 0)  # a rank that is still alive then has failed alone, so it reports
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -1144,9 +1143,9 @@ COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = "os^DPXv<"
 # One colour and marker per method in all figures
 STYLES = dict.fromkeys(["ce", "learnable", "none"], 0) | dict.fromkeys(["mixup", "ce+mixup", "fno"], 1)
-STYLES |= {"bmls+ms": 2, "sphere": 2, "cosine": 3, "cb": 3, "hug-mhe": 3, "cb-mixup": 4, "etf+ce": 4}
-STYLES |= {"etf+dr+mixup": 5, "bmls": 5, "etf+dr": 6, "balanced-softmax": 6, "cb+ms": 7}
-STYLES |= {"fixed+ce": 1, "fixed+squared": 2, "hug-fixed": 4, "fixed+distance": 5, "hug-mhe-squared": 6}
+STYLES |= {"bmls+ms": 2, "sphere": 2, "cosine": 3, "cb": 3, "hug-fixed": 3, "cb-mixup": 4, "etf+ce": 4}
+STYLES |= {"etf+dr": 5, "bmls": 5, "etf+dr+mixup": 6, "balanced-softmax": 6, "cb+ms": 7}
+STYLES |= {"fixed+ce": 1, "fixed+squared": 2, "hug-mhe": 4, "fixed+distance": 5, "hug-mhe-squared": 6}
 STYLES |= {"hug-mhs": 5, "hug-mgd": 6, "ce+norm": 7}
 
 
@@ -1205,7 +1204,7 @@ def heat_maps(path: Path, maps: dict[str, np.ndarray], *, label: str, limits: tu
     save_figure(path, figure)
 
 
-def mean_std(values: list[float], digits: int = 2, factor: float = 1.0) -> str:
+def mean_std(values: list[float | None], digits: int = 2, factor: float = 1.0) -> str:
     """`34.20 ± 0.31` over seeds (sample std); one value stands alone, and what is not defined is `-`."""
     values = factor * np.array(values, float)
     if np.isnan(values).any():
@@ -1236,7 +1235,7 @@ def print_table(found: list[Run], columns: dict[str, tuple[str, str, str]], abou
     by_name = {}
     for run in found:
         by_name.setdefault(run.name, []).append(run)
-    columns = {key: column for key, column in columns.items() if entry(found[0], key) is not None}
+    columns = {key: c for key, c in columns.items() if any(entry(run, key) is not None for run in found)}
     rows = []
     for name, seeds in by_name.items():
         row = [name, len(seeds)]

@@ -212,7 +212,7 @@ def check_theory(folder: Path) -> dict:
     claims = common.Claims()
     states, y = fall([0, 30, 200, 3000])
     found = {step: neural_collapse(H, W, y) for step, (H, W) in states.items()}
-    claims.at_least("Free features at the start: NC1", 100, found[0]["nc1"])
+    claims.at_most("Free features at the start: 1 / NC1", 0.01, 1 / found[0]["nc1"])
     claims.equal("   at the end: the largest of NC0 to NC4", 0, max(found[3000].values()), 1e-9)
 
     # Orthogonal means of length r, two sub-clusters in every class: NC1 does not see spread across the means

@@ -124,7 +124,7 @@ def peak(layer, z, g) -> float:
 def main() -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--n", type=int, nargs="+", default=[64, 512, 4096], help="angles")
     parser.add_argument("--batch", type=int, nargs="+", default=[128, 1024])
     args = parser.parse_args()

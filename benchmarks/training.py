@@ -36,7 +36,7 @@ from torchvision import transforms
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import bmls_msclf
 import hug
-from common import Batches, Dataset, hardware, open_run, pick_device, pick_precision, split_evenly, table
+from common import Batches, Dataset, hardware, pick_device, pick_precision, runs, split_evenly, table
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH = 128
@@ -44,8 +44,8 @@ MEAN, STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 CROP, FLIP = transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()
 USUAL = transforms.Compose([CROP, FLIP, transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
 NETWORKS = {  # script and flags
-    "ResNet-32": (bmls_msclf, ["--dataset", "cifar100"]),
-    "ResNet-18": (hug, ["--dataset", "cifar100"]),
+    "ResNet-32": (bmls_msclf, ["--dataset", "cifar100", "--method", "ce"]),
+    "ResNet-18": (hug, ["--dataset", "cifar100", "--method", "ce"]),
 }
 
 
@@ -92,7 +92,8 @@ def loaders(data, device, wait) -> str:
 
 def flags_of(script, words, args, device):
     """The script's own flags, with this benchmark's device and precision."""
-    flags = script.parse([*words, "--batch-size", str(BATCH), *(["--compile"] if args.compile else [])])
+    words = [*words, "--batch-size", str(BATCH), *(["--compile"] if args.compile else [])]
+    flags = script.parse(words)
     flags.device = device
     flags.precision = pick_precision("auto", device)
     return flags
@@ -102,7 +103,8 @@ def step(model, optimizer, x, y, bf16: bool):
     head = model["classifier" if "classifier" in model else "head"]
     with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
         h = model["network"](x)
-    loss = F.cross_entropy(head(h)[2], y)  # features, class vectors, logits
+    h, W = head(h)[:2]
+    loss = F.cross_entropy(h @ W.T, y)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -111,7 +113,7 @@ def step(model, optimizer, x, y, bf16: bool):
 
 def bare(script, flags, data, device):
     """(a): as many steps as an epoch has, all on one batch."""
-    model = script.build_model(flags, script.METHODS["ce"], data)
+    model = script.build_model(flags, "ce", data)
     model = model.to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=2e-4)
     if flags.compile:
@@ -130,7 +132,7 @@ def bare(script, flags, data, device):
 
 def usual(script, flags, data, device):
     """(c): what a first script for CIFAR looks like."""
-    model = script.build_model(flags, script.METHODS["ce"], data).to(device).train()
+    model = script.build_model(flags, "ce", data).to(device).train()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=2e-4)
     loader = usual_loader(data, device)
 
@@ -149,11 +151,11 @@ def ours(script, flags, data, epochs: int) -> list[float]:
         flags.folder = Path(folder)
         flags.epochs = epochs + 2
         flags.eval_every = flags.epochs
-        run = open_run(flags, "ce", 0, data)
         measure = script.measure
         script.measure = lambda *_: {}
         try:
-            script.train(flags, "ce", 0, data, run)
+            for run in runs(flags, data):
+                script.train(flags, run, data)
         finally:
             script.measure = measure
         seconds = [line["seconds"] for line in run.history]
@@ -271,7 +273,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--images", type=int, help="of an epoch; 10,847 (CIFAR-100-LT) on CUDA, else 512")
     parser.add_argument("--compile", action="store_true", help="torch.compile in (a) and (b)")
     parser.add_argument("--profile", action="store_true", help="what a step spends its time on instead")

@@ -1,96 +1,80 @@
-"""Turn run folders into a table, and put it into a page between two markers.
+"""Turn run folders into a table in Markdown.
 
-    python results/collect.py runs/bmls_msclf/cifar100lt
-    python results/collect.py runs/bmls_msclf/cifar100lt --into results/bmls_msclf.md --name cifar100lt
+    python results/collect.py runs/bmls_msclf/digitslt
+    python results/collect.py runs/hug --columns accuracy train_accuracy lost_classes
 
-A table has a row for each set of flags that was run, in the order of the script's METHODS, mean ± sample std
-over seeds, and the flags that differ between its rows. Below it stand hardware, commit and the flags that all
-rows share. Runs whose training loss still falls are named: its mean over the last twentieth of the epochs is
-more than 5% below that over the twentieth before (both come after the learning rate's last step). The page
-must have the lines `<!-- begin NAME -->` and `<!-- end NAME -->`; what stands between them is replaced. A
-folder without result.json is an unfinished run and is named on stderr.
+A row is a script's method with one setting: every flag that decides what is computed, and the data. Flags in
+which a script's rows differ are part of their names. Values are mean ± sample standard deviation over seeds.
+A second run of one seed is named on stderr and left out, and so is a run that is not finished. --columns are
+entries of result.json, a dot leads into one that holds several: `heads.nearest_mean`. Titles and units are
+those of the script's COLUMNS, of which the first six are the default.
+
+Below the table stand the flags that all of a script's rows share, hardware, commits, and the rows whose
+training loss still falls: its mean over the last twentieth of the epochs is more than 5% below that over the
+twentieth before.
 """
 
 import argparse
+import importlib
 import json
-import re
+import math
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import Run, UserError, mean_std, write_atomically
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from common import HEADS, UNITS, Run, UserError, command_line, mean_std
 
-PERCENT = {  # shares; a table shows those that all its runs have
-    "accuracy": "accuracy %",
-    "train_accuracy": "train %",
-    "best_accuracy": "best %",
-    "many": "many %",
-    "medium": "medium %",
-    "few": "few %",
-    "minus_log_n": "-log n %",  # heads: the same features, other heads
-    "equal_length": "equal lengths %",
-    "nearest_mean": "nearest mean %",
-    "class_il": "class-IL %",  # fno_continual.py
-    "task_il": "task-IL %",
-    "forgetting": "forgetting %",
-    "backward_transfer": "backward %",
-    "own_energy": "own energy %",
-    "fgsm": "FGSM %",  # hug.py
-    "pgd": "PGD %",
-    "angle_accuracy": "by angle %",  # spherization.py
-    "near": "near %",
-    "near_wrong": "near, wrong %",
-    "hidden": "hidden %",
-    "hidden_wrong": "hidden, wrong %",
-    "accuracy_1shot": "1-shot %",
-    "interval_1shot": "1-shot ± 95%",
-    "accuracy_5shot": "5-shot %",
-    "interval_5shot": "5-shot ± 95%",
-    "offset": "3CosAdd %",
-    "inputs": "input embeddings %",
-    "choice": "four choices %",
-    "purity": "purity %",  # nc_metrics.py: fine labels recovered from coarse training
-    "probe": "probe %",
-    "oracle_probe": "true labels %",
-}
-PLAIN = {
-    "minority_cosine_W": "minority cos",
-    "nc1": "NC1",
-    "test_nc1": "test NC1",
-    "cdnv": "CDNV",
-    "sister_ratio": "sisters / within",
-    "smallest_angle": "smallest angle",
-    "energy": "energy",
-    "within": "within",
-    "norm_spread": "norm spread",
-    "within_cosine": "within cosine",
-}
-# Where and how a run was written, not what it computed
-LEFT_OUT = {"seed", "eval_every", "compile", "dry_run", "script", "test_share", "image_size"}
+Rows = dict[tuple[str, str, str], list[Run]]  # script, method and setting (as JSON) -> a run per seed
 
 
-def read_runs(folders: list[Path]) -> list[Run]:
-    """Every finished run below the folders, in the order of the script's METHODS. UserError if none."""
-    runs = []
-    for folder in folders:
-        for path in sorted(folder.rglob("config.json")):
-            run = Run(path.parent)
-            if run.finished is None:
-                print(f"{run.folder}: not finished, left out", file=sys.stderr)
-                continue
-            run.finished |= run.finished.get("heads", {})
-            runs.append(run)
-    if not runs:
+def read_runs(folders: list[Path]) -> Rows:
+    """Every finished run below the folders by its row, in the order of its script's METHODS."""
+    rows: Rows = {}
+    for file in sorted(file for folder in folders for file in folder.rglob("config.json")):
+        run = Run(file.parent)
+        if run.finished is None:
+            print(f"{run.folder}: not finished, left out", file=sys.stderr)
+            continue
+        config = run.config
+        setting = config.get("setting") or {
+            **config["flags"],
+            "data": config["data"],
+        }  # older runs have flags
+        setting = {key: value for key, value in setting.items() if key not in ("method", "seed")}
+        script = config.get("script") or run.folder.absolute().parents[2].name
+        key = script, run.finished["method"], json.dumps(setting, sort_keys=True)
+        seeds = {other.finished["seed"]: other.folder for other in rows.setdefault(key, [])}
+        if run.finished["seed"] in seeds:
+            print(f"{run.folder}: as {seeds[run.finished['seed']]}, the same seed, left out", file=sys.stderr)
+        else:
+            rows[key].append(run)
+    if not rows:
         raise UserError(f"{' '.join(map(str, folders))}: no finished run below it")
-    return sorted(runs, key=place)
+    return dict(sorted(rows.items(), key=lambda row: (row[0][0], place(*row[0][:2]))))
 
 
-def place(run: Run) -> int:
-    """Where the run's method comes in its script: the position of `"name": Method` in source.py."""
-    source = run.folder / "source.py"
-    text = source.read_text() if source.exists() else ""
-    found = re.search(rf'^    "{re.escape(run.name)}": Method', text, re.M)
-    return found.end() if found else len(text)
+def place(script: str, method: str) -> int:
+    """Where a method's name comes in the METHODS of its script; -1: it is not there."""
+    file = ROOT / f"{script}.py"
+    return file.read_text().partition("\nMETHODS = ")[2].find(f'"{method}": ') if file.exists() else -1
+
+
+def columns_of(rows: Rows) -> dict[str, tuple]:
+    """{entry of result.json: (title, unit, meaning)} of the rows' scripts."""
+    columns = {"accuracy": ("accuracy", "%")}
+    for script in dict.fromkeys(key[0] for key in rows):
+        if (ROOT / f"{script}.py").exists():
+            columns = importlib.import_module(script).COLUMNS | columns
+    return columns
+
+
+def entry(run: Run, name: str) -> float:
+    """A number of result.json; nan where it is not there."""
+    value = run.finished
+    for key in name.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value if isinstance(value, int | float) else math.nan
 
 
 def still_falls(runs: list[Run]) -> bool:
@@ -104,79 +88,66 @@ def still_falls(runs: list[Run]) -> bool:
     return after < 0.95 * before
 
 
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+def in_words(flags: dict) -> str:
+    """{"weight_decay": 0.01, "cut": True} -> "weight decay 0.01, cut"; what is off is not named."""
+    words = {key.replace("_", " "): value for key, value in flags.items() if value not in (None, False)}
+    return ", ".join(key if value is True else f"{key} {value}" for key, value in words.items())
 
 
-def markdown(runs: list[Run]) -> str:
+def name_rows(rows: Rows) -> tuple[list[str], list[str]]:
+    """A name for each row, `method`, what differs; and for each script a line with what its rows share."""
+    names = []
+    shared = {}
+    for script, method, text in rows:
+        setting = json.loads(text)
+        others = [json.loads(key[2]) for key in rows if key[0] == script]
+        same = {key for key in setting if all(other.get(key) == setting[key] for other in others)}
+        own = in_words({key: value for key, value in setting.items() if key not in same})
+        names.append(", ".join(filter(None, [f"`{method}`", script if len(others) < len(rows) else "", own])))
+        shared[script] = f"{script}.py: {in_words({key: setting[key] for key in setting if key in same})}."
+    return names, list(shared.values())
+
+
+def markdown(rows: Rows, columns: dict[str, tuple]) -> str:
     """The table, and the lines below it."""
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        flags = {k: v for k, v in run.config["flags"].items() if k not in LEFT_OUT}
-        groups.setdefault(json.dumps(flags, sort_keys=True), []).append(run)
-    flags = [json.loads(key) for key in groups]
-    names = [name for name in sorted(set().union(*flags)) if name != "method"]
-    differing = [n for n in names if len({json.dumps(f.get(n)) for f in flags}) > 1]
-    shared = [n for n in names if n not in differing and flags[0].get(n) not in (None, False)]
-    measures = [key for key in (*PERCENT, "ece", *PLAIN) if all(key in run.finished for run in runs)]
-    measures = [m for m in measures if any(run.finished[m] == run.finished[m] for run in runs)]  # not all nan
-    titles = {**PERCENT, "ece": "ECE %", **PLAIN}
-    header = ["method", *map(flag, differing), "seeds", *(titles[m] for m in measures)]
-    rows = [header, [":--", *["--:"] * (len(header) - 1)]]
-    for f, found in zip(flags, groups.values(), strict=True):
-        values = [f.get(n) for n in differing]
-        cells = [f"`{f['method']}`", *("" if v is None or v != v else v for v in values), len(found)]
-        for m in measures:
-            values = [run.finished[m] for run in found]
-            cells.append(mean_std(values, 3 if m in PLAIN else 2, 1 if m in PLAIN else 100))
-        rows.append(list(map(str, cells)))
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    minutes = [run.finished["seconds"] / 60 for run in runs if "seconds" in run.finished]
-    hardware = "; ".join(sorted({run.config["hardware"] for run in runs}))
-    lines += ["", f"All rows: {', '.join(f'{flag(n)} {flags[0][n]}' for n in shared)}."]
-    if "rule" in runs[0].finished:
-        lines.append(f"Groups: {runs[0].finished['rule']}.")
-    lines.append(f"Hardware: {hardware}; {min(minutes):.1f} to {max(minutes):.1f} minutes per run.")
-    alone = [found for found in groups.values() if "class_il" not in found[0].finished]  # no stream of tasks
-    falling = [found[0].name for found in alone if still_falls(found)]
+    names, shared = name_rows(rows)
+    titles = [f"{title} {unit}".strip() for title, unit, *_ in columns.values()]
+    table = [["method", "seeds", *titles], [":--", *["--:"] * (len(columns) + 1)]]
+    for name, runs in zip(names, rows.values(), strict=True):
+        cells = [name, str(len(runs))]
+        for key, (_, unit, *_) in columns.items():
+            cells.append(mean_std([entry(run, key) for run in runs], *UNITS.get(unit, (4, 1))))
+        table.append(cells)
+    lines = ["| " + " | ".join(cells) + " |" for cells in table]
+    lines += ["", *shared]
+    every = [run for runs in rows.values() for run in runs]
+    lines.append(f"Hardware: {'; '.join(sorted({run.config['hardware'] for run in every}))}.")
+    lines.append(f"Code: commit {', '.join(sorted({run.config['commit'][:10] for run in every}))}.")
+    falling = [name for name, runs in zip(names, rows.values(), strict=True) if still_falls(runs)]
     if falling:
-        lines.append(f"Not converged, training loss still falls: {', '.join(falling)}.")
-    lines.append(f"Code: commit {', '.join(sorted({run.config['commit'][:10] for run in runs}))}.")
+        lines.append(f"Training loss still falls: {'; '.join(falling)}.")
     return "\n".join(lines)
 
 
-def insert(page: Path, name: str, text: str) -> None:
-    """Replace what stands between the page's two markers. Raises UserError where they are missing."""
-    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-    try:
-        before, found, rest = page.read_text().partition(begin)
-        _, closed, after = rest.partition(end)
-    except OSError as error:
-        raise UserError(f"--into {page}: not readable ({error.strerror})") from None
-    if not (found and closed):
-        raise UserError(f"--into {page}: expected the lines {begin} and {end} in it")
-    write_atomically(page, lambda part: part.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}"))
-
-
-def main(argv: list[str] | None = None) -> str:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: list[str] | None = None) -> dict:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders of them")
-    parser.add_argument("--into", type=Path, help="page to write the table into")
-    parser.add_argument("--name", default="table", help="name of the two markers in that page")
+    parser.add_argument("--columns", nargs="+", metavar="ENTRY", help="entries of result.json")
     args = parser.parse_args(argv)
-    try:
-        text = markdown(read_runs(args.folders))
-        if args.into:
-            insert(args.into, args.name, text)
-        else:
-            print(text)
-    except UserError as error:
-        print(f"collect.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    return text
+    rows = read_runs(args.folders)
+    known = columns_of(rows)
+    every = [run for runs in rows.values() for run in runs]
+    there = [key for key in args.columns or known if any(entry(run, key) == entry(run, key) for run in every)]
+    missing = [key for key in args.columns or [] if key not in there]
+    if missing:
+        raise UserError(f"--columns {' '.join(missing)}: in no result.json below these folders")
+    known = {f"heads.{name}": (title, "%") for name, title in HEADS.items()} | known
+    kept = there if args.columns else there[:6]
+    text = markdown(rows, {key: known.get(key, (key, " ")) for key in kept})  # a unit of its own: four digits
+    print(text)
+    return {"table": text}
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main)
