@@ -23,7 +23,7 @@ def numbers(text):
 
 @pytest.fixture
 def block(tmp_path, monkeypatch, capsys):
-    """block(number, (old, new), ...) runs an exercise's code in an empty folder, and returns what it printed."""
+    """block(number, (old, new), ...) runs an exercise's code in an empty folder and returns its output."""
     monkeypatch.chdir(tmp_path)
 
     def run(number, *changes):
