@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,7 @@ def test_8_the_mask_keeps_the_first_task(block):
 def test_the_lecture_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("EPOCHS", "1")
+    monkeypatch.setattr(sys, "path", list(sys.path))  # which the lecture extends
     runpy.run_path(str(ROOT / "results/lecture.py"))
     drawn = {path.name for path in (tmp_path / "runs/lecture").rglob("*.png")}
     assert drawn == {"falling.png", "threshold.png", "pairs.png", "class_vectors.png", "heads.png"}
