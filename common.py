@@ -103,7 +103,7 @@ def load_dataset(
     """
     base, long_tailed, path = split_name(name)
     if test_share and base != "folder":
-        raise UserError(f"--test-share {test_share:g}: only a folder may need it")
+        raise UserError(f"--test-share {test_share:g}: {base} needs none")
     folder = base == "folder"
     arrays = _read_folder(Path(path).resolve(), image_size, test_share) if folder else _read(base, data_dir)
     classes = arrays["classes"]
@@ -115,7 +115,7 @@ def load_dataset(
     pixels = arrays["train_x"][..., 0].numel()
     mean = sum(part.double().sum(0) for part in parts) / pixels / 255  # (C,)
     square = sum(part.double().square().sum(0) for part in parts) / pixels / 255**2
-    std = (square - mean.square()).clamp_min(1e-6).sqrt()  # a constant channel's is not 0
+    std = (square - mean.square()).clamp_min(1e-6).sqrt()  # never 0
     pad, flip = (image_size // 8, True) if folder else SPECS[base][2:]
     rest = {"pad": pad, "flip": flip, "fingerprint": f"{sizes}, {checksum:08x}"}
     data = Dataset(**arrays, mean=mean.float(), std=std.float(), **rest)
@@ -761,7 +761,7 @@ class Flags(argparse.ArgumentParser):
         add("--test-share", type=float, default=0.0, help="folder without train/, test/")
         add("--method", nargs="+", choices=names, metavar="M", help="see below, or all")
         add("--seed", type=int, nargs="+", default=[0], help="one or more")
-        add("--epochs", type=int, help="passes over the training images")
+        add("--epochs", type=int, help="passes over the images")
         add("--batch-size", type=int, help="images per step")
         add("--lr", type=float, help="peak learning rate")
         add("--weight-decay", type=float, help="on all parameters")
@@ -1031,7 +1031,7 @@ def runs(args: Namespace, data: Dataset, jobs: dict[str, dict] | None = None) ->
                 raise UserError(f"{folder}: another command is at work here; change --out") from None
             except OSError as error:
                 raise UserError(f"{folder}: cannot be written ({error.strerror}); change --out") from None
-            finally:  # also where it is refused: in a notebook the error's traceback would hold the lock
+            finally:  # also where it is refused
                 lock.release()
 
 
@@ -1119,11 +1119,11 @@ def command_line(main) -> None:
         sys.stdout = open(os.devnull, "w")  # only rank 0 prints
     codecs.register_error("plain", lambda e: ("+-" if e.object[e.start] == "±" else "?", e.start + 1))
     sys.stdout.reconfigure(errors="plain")  # ± or a class name may not exist in the terminal's encoding
-    refusals = (UserError, RuntimeError) if ranks()[0] else UserError  # gloo's, once rank 0 has stopped
+    refusals = (UserError, RuntimeError) if ranks()[0] else UserError  # gloo's
     try:
         result = main()
     except refusals as error:
-        time.sleep(5 if ranks()[0] else 0)  # a rank that is still alive then has failed alone, so it reports
+        time.sleep(5 if ranks()[0] else 0)  # alive then: it failed alone
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

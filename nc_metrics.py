@@ -309,7 +309,7 @@ RECIPES = {  # lr: that of SGD, from the released ZNC code for ResNet-18; digits
     "fashionmnist": {"lr": 0.13},
     "digits": {"epochs": 100, "batch_size": 64, "net": "cnn", "lr": 0.05, "weight_decay": 2e-2},
 }
-MEASURED = {round(1.2**i) for i in range(50)}  # epochs, even on a log axis
+MEASURED = {round(1.2**i) for i in range(50)}  # even on a log axis
 
 
 # %%

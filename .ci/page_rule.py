@@ -1,4 +1,4 @@
-"""The page rule: every function of a script is entered by a command that README, a docstring or a page prints.
+"""The page rule: every function of a script is entered by a command that README, docstrings or pages print.
 
     python .ci/page_rule.py [SCRIPT ...]
 

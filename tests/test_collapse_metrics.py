@@ -13,6 +13,11 @@ from scipy.optimize import minimize
 import common
 
 
+def equiangularity(V):
+    """As nc_metrics.py has it: mean over pairs of |cos + 1/(K-1)|."""
+    return float((common.pairwise_cosines(V) + 1 / (len(V) - 1)).abs().mean())
+
+
 def random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
@@ -48,7 +53,7 @@ def measures(h, y, W, few):
     M -= M.mean(0)
     found["nc3"] = common.self_duality(W, M)
     for name, V in ("M", M), ("W", W):
-        found |= {f"equinorm_{name}": common.equinorm(V), f"angles_{name}": common.equiangularity(V)}
+        found |= {f"equinorm_{name}": common.equinorm(V), f"angles_{name}": equiangularity(V)}
         found |= {
             f"few_{name}": common.mean_pairwise_cosine(V, few),
             f"least_{name}": common.smallest_angle(V),
@@ -241,9 +246,9 @@ def test_cosines():
 def test_nc2_and_nc3_by_hand():
     V = torch.tensor([[3.0, 0.0], [0.0, -5.0]])
     assert common.equinorm(V) == pytest.approx(1 / 4)  # norms 3 and 5; the sample std would give 0.35
-    assert common.equiangularity(torch.eye(3)) == pytest.approx(1 / 2)  # cos 0 instead of -1/2
+    assert equiangularity(torch.eye(3)) == pytest.approx(1 / 2)  # cos 0 instead of -1/2
     line = torch.tensor([[1.0, 0.0], [2.0, 0.0], [-3.0, 0.0]])  # cos 1, -1, -1: signs must not cancel
-    assert common.equiangularity(line) == pytest.approx((3 / 2 + 1 / 2 + 1 / 2) / 3)
+    assert equiangularity(line) == pytest.approx((3 / 2 + 1 / 2 + 1 / 2) / 3)
     M, W = random(5, 8), random(5, 8, seed=1)
     across = W - (W * M).sum() / (M * M).sum() * M  # orthogonal as one long vector
     for vectors, expected in ((3 * M, 0), (-2 * M, 4), (across, 2)):
@@ -282,7 +287,7 @@ def test_zero_mean_metrics_at_collapse_and_why_centring_would_miss_it():
     Q = torch.eye(K, dtype=torch.float64).repeat_interleave(6, 1) / 6**0.5
     assert all(abs(value) < 1e-14 for value in common.zero_mean_metrics(5 * Q, Q).values())
     M = 5 * (Q - Q.mean(0))
-    assert common.equiangularity(M) < 1e-13
+    assert equiangularity(M) < 1e-13
     found = common.zero_mean_metrics(M, Q)
     assert found["znc_mean_cosine"] == pytest.approx(1 / 9) == found["znc_max_cosine"]
     assert found["znc_alignment"] == pytest.approx(2 * (1 - math.sqrt(1 - 1 / K)), rel=1e-12)

@@ -62,7 +62,7 @@ def test_keep_per_class_keeps_some_of_every_class(n, sizes):
 
 def test_refused_without_reading_a_file(user_error):
     for name in ("imagenet", "CIFAR10", "lt", "", "folder", "folderlt", "digits:here", "svhn"):
-        with user_error(f"--dataset {name}: unknown", "cifar100", "folder:PATH"):
+        with user_error(f"--dataset {name}: expected", "cifar100", "folder:PATH"):
             load_dataset(name)
     for imbalance in (0.5, -1.0, float("nan"), float("inf")):
         with user_error(f"--imbalance {imbalance:g}"):

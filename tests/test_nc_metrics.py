@@ -62,7 +62,7 @@ def test_superclasses_are_the_official_coarse_labels():
     coarse, names = common.coarse_labels(("apple", *map(str, range(98)), "worm"), "superclasses")
     assert torch.bincount(coarse).tolist() == [5] * 20 and len(set(names)) == 20
     assert coarse[:10].tolist() == [4, 1, 14, 8, 0, 6, 7, 7, 18, 3]  # apple, aquarium_fish, ... bowl
-    assert names[4] == "fruit and vegetables" and names[13] == "non-insect invertebrates"  # apple, worm
+    assert len(names) == 20 and (coarse[0], coarse[-1]) == (4, 13)  # fruit; invertebrates
 
 
 # %% Recovering fine labels
