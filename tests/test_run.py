@@ -106,14 +106,8 @@ def test_a_value_that_is_none_is_refused(user_error):
             if flag in above_0 or value != "0":
                 with user_error(flag):
                     parse(f"{flag} {value}")
-    for line in (
-        "--seed 9223372036854775808",
-        "--epochs 9223372036854775808",
-        "--method nothing",
-        "--out ~nobody/x",
-        "--data-dir ~nobody/x",
-        "--over",
-    ):
+    too_large = ("--seed 9223372036854775808", "--epochs 9223372036854775808")
+    for line in (*too_large, "--method nothing", "--out ~nobody/x", "--data-dir ~nobody/x", "--over"):
         with user_error(*line.split()):  # no abbreviations: --overwrite deletes
             parse(line)
 
