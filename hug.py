@@ -29,6 +29,7 @@ at x_i = w_{y_i} wherever the proxies are: the aims never compete, and class siz
     python hug.py --dim 2 --epochs 100            digits on a circle, where none does and two proxies jam
     python hug.py --method all                    the other uniformities, fixed class vectors
     python hug.py --synthetic                     the theory, claim by claim
+    python hug.py --dataset cifar10               ResNet-18, for a GPU
     python hug.py --dataset cifar100 --net cnn --dim 64 --epochs 30 --method ce fixed+ce fixed+distance
 
 WHAT THE SOURCES LEAVE OPEN, and what we chose
