@@ -130,7 +130,7 @@ def load_dataset(
     n = data.counts
     ratio = float(n.max() / n.min())
     if abs(ratio / imbalance - 1) > 0.1:
-        print(f"{name}: a ratio of {ratio:.4g}, not {imbalance:g}", file=sys.stderr)
+        print(f"{name}: imbalance {ratio:.4g}, not {imbalance:g}", file=sys.stderr)
     return data
 
 
@@ -247,7 +247,7 @@ def _read_image(file: str, size: int) -> Tensor:
 
     with Image.open(file) as image:
         if image.mode[0] in "IF" or ";16" in str(image.tile):  # tile: how the file holds its pixels
-            raise ValueError("more than 8 bits per value; convert it to 8 bits")
+            raise ValueError(f"more than 8 bits, {image.getextrema()}; convert it")
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         image = TF.center_crop(TF.resize(image.convert("RGB"), size), size)

@@ -219,7 +219,7 @@ def tree(tmp_path):
 
 def test_folder_of_images(tree, capsys):
     assert load_dataset(f"folderlt:{tree}", image_size=8).counts.tolist() == [1, 1]
-    assert "a ratio of 1, not 100" in capsys.readouterr().err
+    assert "imbalance 1, not 100" in capsys.readouterr().err
     data = load_dataset(f"folder:{tree}", image_size=8)
     assert data.classes == ("cat", "dog") and (data.pad, data.flip) == (1, True)
     assert data.train_y.tolist() == [0, 0, 1] and data.test_y.tolist() == [0, 1]
