@@ -1103,7 +1103,7 @@ def own_torch_settings() -> Iterator[None]:
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
-        with torch.random.fork_rng(), torch.backends.cudnn.flags(enabled=True, benchmark=True):
+        with torch.random.fork_rng([]), torch.backends.cudnn.flags(enabled=True, benchmark=True):
             yield  # benchmark: batches come in few shapes, so let cuDNN try its algorithms
     finally:
         torch.set_num_threads(threads)

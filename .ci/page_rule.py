@@ -132,12 +132,12 @@ def never_entered(name: str, commands: list[list[str]], folder: Path) -> set[str
         finally:
             sys.setprofile(None)
 
-    for number, words in enumerate(sorted(commands, key=lambda words: "cifar" in " ".join(words))):
+    for number, words in enumerate(sorted(commands, key=lambda words: ("cifar" in str(words), len(words)))):
         words = words if "--synthetic" in words else shorten(words, folder)
         if "--features" in words or "--run" in words:
             features = next(folder.rglob("features.npz")).parent
             words = ["--run", str(features), *(["--json"] if "--json" in words else [])]
-        if missing and "--model" not in words:
+        if "--model" not in words and any("load_state" not in name for name in missing.values()):
             run([*words, "--out", str(folder / str(number))])
     save = common.Run._save
 
@@ -145,7 +145,9 @@ def never_entered(name: str, commands: list[list[str]], folder: Path) -> set[str
         save(*parts)
         raise KeyboardInterrupt
 
-    for method in list(script.METHODS) if any("load_state" in name for name in missing.values()) else []:
+    for method in script.METHODS:
+        if not any("load_state" in name for name in missing.values()):
+            break
         words = ["--epochs", "2", "--method", method, "--out", str(folder / "again")]
         for common.Run._save in (save_and_stop, save):  # "the same command again goes on", README says
             with contextlib.suppress(KeyboardInterrupt):
