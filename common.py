@@ -1245,5 +1245,5 @@ def print_table(found: list[Run], columns: dict[str, tuple[str, str, str]], abou
     print("\n" + table(["method", "seeds", *(title for title, _, _ in columns.values())], rows))
     for title, unit, meaning in columns.values():
         print(f"{title}:", *filter(None, [unit, meaning]))
-    for name in by_name:
-        print(f"{name}: {about.get(name, '')}")
+    for name in filter(about.get, by_name):
+        print(f"{name}: {about[name]}")
