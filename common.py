@@ -1222,7 +1222,7 @@ def table(header: list[str], rows: list[list]) -> str:
     return "\n".join("  ".join(row).rstrip() for row in cells)
 
 
-UNITS = {"%": (1, 100), "°": (1, 1), "#": (0, 1), "": (2, 1)}  # unit: digits after the point, factor
+UNITS = {"%": (1, 100), "°": (1, 1), "#": (0, 1), "": (2, 1)}  # digits, factor
 
 
 def print_table(found: list[Run], columns: dict[str, tuple[str, str, str]], about: dict[str, str]) -> None:
