@@ -104,7 +104,7 @@ class BalancedMixedLabelSampler:
             self.sweep = torch.cat([self.sweep, self.pairs[order]])
         labels = self.sweep[:T]
         self.sweep = self.sweep[T:]
-        # i < j in every pair, and a batch shares lam: a coin decides which of the two gets lam
+        # i <= j in every pair, and a batch shares lam: a coin decides which of the two gets lam
         swap = torch.rand(T, 1, generator=self.generator) < 0.5
         return torch.where(swap, labels.flip(1), labels)
 
@@ -180,7 +180,7 @@ def ms_raw(z: Tensor, a: Tensor, b: Tensor, lam: Tensor) -> Tensor:
 # %% [markdown]
 # ## MS-Clf, unit
 # A raw $v_{ij}$ lies between $w_i$ and $w_j$, so $(i, i)$ or $(j, j)$ scores at least as high: a mixed label
-# is never strictly the best. At equal length it is (but at $\lambda = 1/2$, where $v_{ij} = v_{ji}$):
+# is never strictly the best. At equal length it is (but at $\lambda = 1/2$). With unit $w$:
 # $$\|v_{ij}\|^2 = \lambda^2 + (1-\lambda)^2 + 2 \lambda (1-\lambda)\, w_i \cdot w_j$$
 
 
@@ -271,15 +271,15 @@ def rare_cosine(method: str, times: float, alpha: float = 1.0) -> float:
 
 
 # %% [markdown]
-# **Where collapse begins.** Let each rare class have $n_B$ images, and $Z = W H^T$.
+# **Where collapse begins.** Each rare class has $n_B$ images; $\lambda$ alone is Mixup's weight.
 # 1. With $G = H \sqrt p$ the penalties are at best $\sqrt{\lambda_W \lambda_H} \|W G^T\|_*$, a nuclear norm.
-# 2. So at an optimum the gradient of the loss has operator norm $\le \sqrt{\lambda_W \lambda_H}$.
+# 2. So at an optimum the loss's gradient in $W G^T$ has operator norm $\le \sqrt{\lambda_W \lambda_H}$.
 # 3. Take two collapsed rare classes $i, j$ and $u = (e_i - e_j)/\sqrt 2$: their predictions are equal, so the
 #    gradient along $u$ has squared length $u^T \mathbb E[q q^T] u = \mathbb E[q_i^2] - \mathbb E[q_i q_j]$.
 # 4. Without Mixup that is $n_B/N$; with it $\frac{n_B}{N} \mathbb{E}[\lambda^2 + (1-\lambda)^2]
 #    = \frac{n_B}{N} \frac{\alpha+1}{2\alpha+1}$.
-# 5. Collapse is optimal exactly while this is $\le \lambda_W \lambda_H$: Mixup moves the threshold by
-#    $\frac{2\alpha+1}{\alpha+1}$, which is 3/2 at $\alpha = 1$.
+# 5. All is convex in $W G^T$: collapse is optimal exactly while this is $\le \lambda_W \lambda_H$. Mixup
+#    moves the threshold by $\frac{2\alpha+1}{\alpha+1}$, which is 3/2 at $\alpha = 1$.
 #
 # The threshold without Mixup is Hong & Ling's (2023); the one with Mixup is derived here.
 
@@ -305,7 +305,7 @@ def check_theory(folder: Path) -> dict:
 
 
 def count_pairs(sampler: type) -> Tensor:
-    """How often each unordered pair of classes comes in one epoch of the default data, (K, K) symmetric."""
+    """How often each pair comes in an epoch of five classes of 143 images and five of one, symmetric."""
     y = torch.arange(10).repeat_interleave(torch.tensor([143] * 5 + [1] * 5))
     a, b = y[sampler(y, 10, torch.Generator().manual_seed(0)).draw(len(y))].unbind(1)
     count = torch.bincount(10 * a + b, minlength=100).view(10, 10)
@@ -316,8 +316,8 @@ def draw_pairs(path: Path, counts: dict[str, Tensor]) -> None:
     """The remedy in one picture: which pairs of classes come, under each sampler?"""
     titles = {"instance": "Mixup", "class": "class-balanced", "balanced": "BMLS"}
     maps = {titles[name]: count.numpy() for name, count in counts.items()}
-    axes = {"xlabel": "class: five common, five rare", "ylabel": "class", "limits": (0, 60)}
-    common.heat_maps(path, maps, label="mixed samples per epoch", diverging=False, **axes)
+    axes = {"xlabel": "class: five common, five rare", "ylabel": "class", "limits": (0, 30)}
+    common.heat_maps(path, maps, label="mixed samples per epoch, up to 30", diverging=False, **axes)
 
 
 def draw_thresholds(path: Path) -> None:
@@ -481,8 +481,7 @@ LOSSES = {
     "ms-unit": lambda h, W, z, a, b, lam, n: ms_unit(z, W, a, b, lam),
     "ms-dot": lambda h, W, z, a, b, lam, n: ms_dot(h, W, a, b, lam),
 }
-# Of the published CIFAR-LT runs (MiSLAS; Yang et al. 2022), weight decay on BatchNorm too. On digits, ours: a
-# step profile with a strong weight decay, at which theory has the minority collapse.
+# As published for CIFAR-LT (MiSLAS; Yang et al. 2022), weight decay on BatchNorm too. Digits: ours.
 RECIPES = {
     "": {"epochs": 200, "batch_size": 128, "lr": 0.1, "weight_decay": 2e-4, "net": "resnet32"},
     "digits": {"epochs": 60, "batch_size": 32, "weight_decay": 5e-3, "net": "cnn"},
@@ -530,7 +529,7 @@ def train(args: argparse.Namespace, run: common.Run, data: common.Dataset) -> di
         pairs = sampler.draw(N)  # (N, 2): the two images of each mixed sample
         labels = data.train_y[pairs].to(run.device)  # (N, 2)
         batches = images.epoch(pairs, args.batch_size, generator)  # each its own crop and flip
-        seed = int(torch.randint(2**31, (), generator=generator))  # torch has no such Beta
+        seed = int(torch.randint(2**31, (), generator=generator))  # torch's Beta takes no generator
         lams = torch.from_numpy(np.random.default_rng(seed).beta(args.alpha, args.alpha, steps)).float()
         lams = lams.to(run.device) if mixes else torch.ones(steps, device=run.device)
         model.train()
@@ -628,7 +627,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     flags = common.Flags("bmls_msclf", __doc__)
     add = flags.add_argument
     add("--net", choices=list(NETWORKS), help="network")
-    add("--classifier", choices=["learnable", "etf"], default="learnable", help="etf: fixed, d >= K - 1")
+    add("--classifier", choices=["learnable", "etf"], default="learnable", help="etf: fixed, d >= K")
     add("--alpha", type=float, default=1.0, help="of lam's Beta(alpha, alpha)")
     add("--pairs", choices=["unordered", "distinct"], default="unordered", help="what BMLS balances")
     add("--ms", choices=["raw", "unit", "dot"], default="raw", help="reading of MS-Clf")
@@ -652,7 +651,7 @@ def main(argv: list[str] | None = None) -> dict:
     runs = common.finished_runs(args, data)
     common.print_table(runs, COLUMNS, ABOUT)
     draw_class_vectors(args.folder / "class_vectors.png", runs)
-    print(f"figure: {args.folder / 'class_vectors.png'}; red block at the lower right: collapse")
+    print(f"figure: {args.folder / 'class_vectors.png'}; red block: collapse")
     return {"results": [run.finished for run in runs], "folder": str(args.folder)}
 
 

@@ -1198,6 +1198,7 @@ def heat_maps(path: Path, maps: dict[str, np.ndarray], *, label: str, limits: tu
     for i, (name, values) in enumerate(maps.items()):
         plot = figure.add_subplot(rows, columns, i + 1)
         image = plot.imshow(values, cmap=colours, interpolation="nearest", vmin=limits[0], vmax=limits[1])
+        plot.set_facecolor("0.85")
         plot.set(**axes)
         plot.set_title(name, parse_math=False)  # a class name may hold a $
     figure.colorbar(image, ax=figure.axes, label=label)

@@ -239,7 +239,7 @@ def draw_simplex(path: Path) -> None:
         W, _ = learnable_optimum([1, 1, ratio], 1, 1)
         U, _, Vh = torch.linalg.svd(W.T @ simplex, full_matrices=False)
         pictures[f"learnt, {ratio} to 1"] = W @ U @ Vh  # turned to lie along the fixed one
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
     lines = [("rare", 1, 10), ("other rare", 6, 3), ("common", 0, 10)]  # thin: seen on top of another one
     for plot, (title, V) in zip(figure.subplots(1, 3), pictures.items(), strict=True):
         plot.fill(*V.T.tolist(), fill=False, edgecolor="0.8")  # the triangle of their tips
@@ -247,7 +247,7 @@ def draw_simplex(path: Path) -> None:
             plot.plot([0, x], [0, y], color=common.COLOURS[colour], lw=width, label=name)
         cosine = common.mean_pairwise_cosine(V, torch.tensor([0, 1]))
         plot.set_title(f"{title}\ncosine of the rare: {cosine:.2f}", fontsize=17)
-        plot.set(aspect="equal", xlim=(-1.5, 1.5), ylim=(-1.2, 0.8), xticks=[], yticks=[], frame_on=False)
+        plot.set(aspect="equal", xlim=(-1.5, 1.5), ylim=(-1.4, 1.4), xticks=[], yticks=[], frame_on=False)
     handles = plot.get_legend_handles_labels()
     figure.legend(*handles, ncols=3, loc="outside lower center", fontsize=17, frameon=False)
     common.save_figure(path, figure)

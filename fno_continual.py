@@ -220,7 +220,7 @@ def toy_stream(kind: str, mask: bool, steps: int = 200) -> list[float]:
 
 # %%
 ARMS = ["learnable", "fno", "learnable + mask", "fno + mask"]
-STYLE = {**common.styles(ARMS), "joint": {"color": "black"}}
+STYLE = common.styles(ARMS)
 
 
 def check_theory(folder: Path, K: int = 10, d: int = 64, E_H: float = 25) -> dict:
@@ -570,25 +570,21 @@ COLUMNS = {  # entry of result.json: title, unit, what it is
 
 def draw_figures(folder: Path, runs: list[common.Run]) -> None:
     """class_il.png, bars of the learners; forgetting.png, maps of the streams. Means over seeds."""
-    order = ["learnable", "learnable + mask", "joint", "fno", "fno + mask"]
-    class_il = {bar: {} for bar in order}  # {bar: {learner: class-IL of every seed}}
+    class_il = {bar: {} for bar in ARMS}  # {bar: {learner: class-IL of every seed}}
     streams = {}
     for run in runs:
         job = run.config["setting"]
         learner = f"{job['method']}, buffer {job['buffer']}" if job["buffer"] else job["method"]
         bar = f"{job['classifier']} + mask" if job["mask"] else job["classifier"]
-        if job["method"] == "joint":
-            learner = f"joint, {bar}"
-            bar = "joint"
-        else:  # joint training has no past
+        class_il[bar].setdefault(learner, []).append(100 * run.finished["class_il"])
+        if job["method"] != "joint":  # joint training has no past
             R = 100 * np.array(run.finished["matrix_class_il"])
             streams.setdefault(f"{learner}\n{bar}", []).append(R)
-        class_il[bar].setdefault(learner, []).append(100 * run.finished["class_il"])
     class_il = {bar: groups for bar, groups in class_il.items() if groups}
     common.bars(folder / "class_il.png", class_il, STYLE, ylabel="class-IL accuracy (%)", ylim=(0, 100))
     if streams:
         T = job["tasks"]
-        later = np.triu(np.full((T, T), np.nan), 1)  # white: tasks that are still to come
+        later = np.triu(np.full((T, T), np.nan), 1)  # grey: tasks that are still to come
         maps = {name: np.mean(seeds, 0) + later for name, seeds in streams.items()}
         axes = {"xticks": range(T), "xticklabels": range(1, T + 1), "xlabel": "task"}
         axes |= {"yticks": range(T), "yticklabels": range(1, T + 1), "ylabel": "tasks learned"}

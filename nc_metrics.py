@@ -115,8 +115,8 @@ PREPARATIONS = {  # of the features of one coarse class, (n, d) -> (n, p)
 def recover_labels(h, coarse_y, fine_y, how: str, seed: int) -> np.ndarray:
     """Fine labels (N,) reconstructed from features h (N, d) of a network that saw only coarse ones.
 
-    coarse_y, fine_y (N,). Only the names of the clusters use the true fine labels, so two classes at random
-    get a little more than half right.
+    coarse_y, fine_y (N,). Fine labels give the number of clusters and their names only. By chance a little
+    more than half would be right for two classes.
     """
     recovered = np.empty_like(fine_y)
     for c in np.unique(coarse_y):
@@ -202,7 +202,7 @@ def fall(steps: list[int], n: int = 30, penalty: float = 0.02) -> tuple[dict[int
         if step in steps:
             states[step] = (H, W)
         slope_H, slope_W = gradient(H, W)
-        H = H - n * slope_H  # each feature has only 1/N of the loss
+        H = H - n * slope_H  # the loss of one has the factor 1/N
         W = W - slope_W
     return states, y
 
@@ -229,7 +229,7 @@ def check_theory(folder: Path) -> dict:
     for step, (H, W) in states.items():
         points = {f"class {k}": H[y == k].numpy() for k in range(3)}
         # at the optimum the two penalties are equal, so that ||h|| = sqrt(K) ||w||
-        panels[f"step {step}: NC1 = {found[step]['nc1']:.0e}"] = (points, 3**0.5 * W.numpy())
+        panels[f"step {step}: NC1 = {found[step]['nc1']:.3g}"] = (points, 3**0.5 * W.numpy())
     draw_planes(folder / "synthetic.png", panels, "free features")
     return claims.report(folder / "synthetic.png")
 
@@ -558,7 +558,7 @@ def hidden_classes(run: common.Run, fine: common.Dataset, grouping: str) -> dict
 
 def draw_planes(path: Path, panels: dict[str, tuple], xlabel: str) -> None:
     """Points in the plane side by side: {title: ({name: points (n, 2)}, vectors (k, 2) from 0, or none)}."""
-    figure = Figure(figsize=(3 * len(panels), 4.5), layout="constrained")
+    figure = Figure(figsize=(3 * len(panels), 4.2), layout="constrained")
     plots = figure.subplots(1, len(panels), squeeze=False, sharex=True, sharey=True)
     for plot, (title, (groups, vectors)) in zip(plots.flat, panels.items(), strict=True):
         looks = common.styles(groups)
@@ -568,7 +568,7 @@ def draw_planes(path: Path, panels: dict[str, tuple], xlabel: str) -> None:
             plot.plot([0, x], [0, y], color=look["color"])
         plot.set(xlabel=xlabel, aspect="equal")
         plot.set_title(title, parse_math=False)
-        plot.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, frameon=False, fontsize="small")
+        plot.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, frameon=False, fontsize="small")
     common.save_figure(path, figure)
 
 

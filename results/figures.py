@@ -169,33 +169,23 @@ def optimisers(runs: list[Run], path: Path) -> None:
     common.curves(path, lines, style, title="Which optimiser brings the class vectors' sum to 0?", **axes)
 
 
-PER_CLASS = 12
-
-
-def feature_cosines(run: Run, order: list[int], centre: bool) -> np.ndarray:
-    """Cosines between test features, PER_CLASS of each class; centre: about the mean of all."""
+def mean_features(run: Run, centre: bool) -> torch.Tensor:
+    """Mean test feature of each class, (K, d); centre: about the mean of all."""
     kept = run.load_features()
-    h = kept["test_h"] - kept["test_h"].mean(0) * centre
-    rows = np.concatenate([np.flatnonzero(kept["test_y"] == k)[:PER_CLASS] for k in order])
-    return common.cosines(torch.from_numpy(h[rows])).numpy()
+    h = torch.from_numpy(kept["test_h"])
+    return common.class_means(h - h.mean(0) * centre, torch.from_numpy(kept["test_y"]), len(kept["W"]))
 
 
-def by_direction(run: Run) -> list[int]:
-    """The classes, those with means of nearly one direction side by side."""
-    kept = run.load_features()
-    M = common.class_means(torch.from_numpy(kept["test_h"]), torch.from_numpy(kept["test_y"]), len(kept["W"]))
+def by_direction(M: torch.Tensor) -> list[int]:
+    """The classes of means M (K, d), those of nearly one direction side by side."""
     return leaves_list(linkage(common.unit(M).nan_to_num(), "average")).tolist()
 
 
-def by_new_class(run: Run) -> list[int]:
-    """The classes of the last task, each after the old ones whose features lie on it."""
-    kept = run.load_features()
-    h = torch.from_numpy(kept["test_h"])
-    K = len(kept["W"])
-    new = (common.split_tasks(K, run.config["setting"]["tasks"]).diff().nonzero().max() + 1).item()
-    M = common.class_means(h - h.mean(0), torch.from_numpy(kept["test_y"]), K)
+def by_new_class(M: torch.Tensor, tasks: int) -> list[int]:
+    """The classes of the last of the tasks, each after the old ones whose means M (K, d) lie on it."""
+    new = (common.split_tasks(len(M), tasks).diff().nonzero().max() + 1).item()
     nearest = new + common.cosines(M)[:new, new:].argmax(1)
-    return [k for j in range(new, K) for k in [*(nearest == j).nonzero().flatten().tolist(), j]]
+    return [k for j in range(new, len(M)) for k in [*(nearest == j).nonzero().flatten().tolist(), j]]
 
 
 def three_collapses(runs: list[Run], path: Path) -> None:
@@ -204,27 +194,26 @@ def three_collapses(runs: list[Run], path: Path) -> None:
         raise UserError(f"{len(runs)} runs: expected three, ANGLES STREAM RARE")
     compare(runs, keys=["data"])
     angles, stream, rare = runs
-    order = [by_direction(angles), by_new_class(stream)]
-    maps = [feature_cosines(angles, order[0], centre=False), feature_cosines(stream, order[1], centre=True)]
-    order.append(np.argsort(-np.array(rare.finished["counts"]), kind="stable"))
-    W = torch.from_numpy(rare.load_features()["W"][order[2]])
-    maps.append(common.cosines(W).fill_diagonal_(math.nan).numpy())
-    titles = [
-        "Intra-class: only length tells\nsome classes apart",
-        "Inter-class: old classes fall\nonto the new ones",
-    ]
-    titles.append("Minority: rare classes share\none class vector")
-    labels = ["test features, sorted by direction", "test features, sorted by new class"]
-    labels.append("class vectors, common to rare")
+    of_angles = mean_features(angles, centre=False)
+    of_stream = mean_features(stream, centre=True)
+    W = torch.from_numpy(rare.load_features()["W"])
+    tasks = stream.config["setting"]["tasks"]
+    most_first = np.argsort(-np.array(rare.finished["counts"]), kind="stable").tolist()
+    panels = {
+        "Intra-class: only length tells\nsome classes apart": (of_angles, by_direction(of_angles)),
+        "Inter-class: old features fall\nonto the new classes'": (of_stream, by_new_class(of_stream, tasks)),
+        "Minority: rare classes share\none class vector": (W, most_first),
+    }
+    labels = ["mean features", "mean features, each new class last", "class vectors, rare last"]
     figure = Figure(figsize=(10.5, 3.9), layout="constrained")
-    for plot, C, classes, title, label in zip(
-        figure.subplots(1, 3), maps, order, titles, labels, strict=True
+    for plot, label, (title, (vectors, order)) in zip(
+        figure.subplots(1, 3), labels, panels.items(), strict=True
     ):
-        end = len(classes) - 0.5  # class k from k - 1/2 to k + 1/2, features and class vectors alike
-        image = plot.imshow(C, cmap="RdBu_r", vmin=-1, vmax=1, extent=(-0.5, end, end, -0.5))
-        plot.set(title=title, xlabel=label)
-        plot.set_xticks(range(len(classes)), classes)
-        plot.set_yticks(range(len(classes)), classes)
+        C = common.cosines(vectors[order]).fill_diagonal_(math.nan).numpy()
+        image = plot.imshow(C, cmap="RdBu_r", vmin=-1, vmax=1)
+        plot.set(title=title, xlabel=label, facecolor="0.85")
+        plot.set_xticks(range(len(order)), order)
+        plot.set_yticks(range(len(order)), order)
     figure.colorbar(image, ax=figure.axes, label="cosine", shrink=0.8)
     common.save_figure(path, figure)
 

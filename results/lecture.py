@@ -45,30 +45,32 @@ panels = {}
 for step, (H, W) in states.items():
     spread = nc_metrics.neural_collapse(H, W, y)["nc1"]
     points = {f"class {k}": H[y == k].numpy() for k in range(3)}
-    panels[f"step {step}: NC1 = {spread:.0e}"] = (points, 3**0.5 * W.numpy())
-    print(f"step {step}: NC1 = {spread:.0e}")
+    panels[f"step {step}: NC1 = {spread:.3g}"] = (points, 3**0.5 * W.numpy())  # |h| = sqrt(K) |w| there
+    print(f"step {step}: NC1 = {spread:.3g}")
 nc_metrics.draw_planes(OUT / "falling.png", panels, "free features")
 
 # %% [markdown]
 # ## 3. Minority collapse, and 3/2
-# Ten classes, five of them rare, again with free features. `times` is the share of a rare class's images
-# $n_B / N$, in units of the two weight penalties $\lambda_W \lambda_H$. Below 1 all rare classes get the same
-# class vector (cosine 1). Under Mixup, training on blends of two images, they do so up to 3/2.
+# Ten classes, five of them rare, again with free features; penalties $\lambda_W$ on class vectors and
+# $\lambda_H$ on features. `times` is the share $n_B / N$ of a rare class's images, over
+# $\lambda_W \lambda_H$. Up to 1 all rare classes get the same class vector (cosine 1). Under Mixup, training
+# on blends of two images, they do so up to 3/2.
 # *Question: what does a network answer for an image of a rare class then?*
 
 # %%
 points = {}
 for method in ("ce", "mixup", "bmls"):
-    times = [0.9, 1.1, 1.25, 1.45, 1.55, 2.0]
+    times = [0.9, 1.0, 1.1, 1.25, 1.5, 1.6, 2.0]
     points[method] = (times, [bmls_msclf.rare_cosine(method, x) for x in times])
-    print(f"{method}: cosine of the rare class vectors at 1.25 is {points[method][1][2]:.2f}")
-axes = {"xlabel": "share of a rare class's images, in penalties", "ylabel": "cosine of rare class vectors"}
+    print(f"{method}: cosine of the rare class vectors at 1.25 is {points[method][1][3]:.2f}")
+axes = {"xlabel": r"$n_B/N$ in units of $\lambda_W \lambda_H$", "ylabel": "cosine of rare class vectors"}
 common.curves(OUT / "threshold.png", points, common.styles(points), **axes)
 
 # %% [markdown]
-# ## 4. The remedy: which pairs come?
-# Mixup blends two images drawn from all. Five classes have 143 images, five have one, so two rare classes
-# almost never meet. BMLS deals every pair of classes once before any comes again.
+# ## 4. The remedy: which classes come?
+# Mixup blends two images drawn from all. Five classes have 143 images, five have one, so rare ones hardly
+# come. Class-balanced draws take every class with equal chance; BMLS deals every pair of classes once before
+# any comes again. *Question: which of the two is needed?*
 
 # %%
 counts = {name: bmls_msclf.count_pairs(sampler) for name, sampler in bmls_msclf.SAMPLERS.items()}
@@ -79,22 +81,24 @@ bmls_msclf.draw_pairs(OUT / "pairs.png", counts)
 
 # %% [markdown]
 # ## 5. Trained networks
-# The same on real digits. Look at the lower right of the figure: a red block is minority collapse.
-# *Question: the training accuracy is high everywhere. What does "train few" say about it?*
+# The same on real digits; `cb` has class-balanced draws and no blends. Look at the lower right of the figure:
+# a red block is minority collapse. *Question: cross-entropy has half a block, and its rare classes are
+# not found either. What does "train few" say?*
 
 # %%
-flags = ["--method", "ce", "mixup", "bmls+ms", "--epochs", EPOCHS, "--precision", "fp32", "--out", str(OUT)]
+methods = ["ce", "mixup", "cb", "bmls+ms"]
+flags = ["--method", *methods, "--epochs", EPOCHS, "--precision", "fp32", "--out", str(OUT)]
 folder = Path(bmls_msclf.main(flags)["folder"])
 
 # %% [markdown]
 # ## 6. Features or heads?
 # Keep the features and exchange the last layer, the head. Logit adjustment subtracts $\log n_k$ from the
-# score of class $k$, $n_k$ its number of images. Nearest class mean uses no head at all. What is left of the
-# differences lies in the features. *Question: which part of the gain was the head's?*
+# score of class $k$, $n_k$ its number of images. Tau-normalisation cuts class vectors to one length. Nearest
+# class mean uses no head at all: what differs there lies in the features. *Question: how much of the gain?*
 
 # %%
 found = {}
-for method in ("ce", "mixup", "bmls+ms"):
+for method in methods:
     kept = common.Run(folder / method / "seed0").load_features()
     arrays = [torch.from_numpy(kept[name]) for name in ("train_h", "train_y", "test_h", "test_y", "W")]
     found[method] = {common.HEADS[name]: [100 * right] for name, right in common.heads(*arrays).items()}

@@ -262,8 +262,8 @@ def test_the_matrix_in_the_result_is_that_of_the_stream(monkeypatch, tmp_path):
     assert [line["class_il"] for line in run.history[1::2]] == R.tolist()
     assert len(joint["matrix_class_il"]) == 1 and math.isnan(joint["forgetting"])
     (found,) = drawn["maps"].values()
-    np.testing.assert_allclose(found, np.where(np.tri(3) > 0, 100 * R, np.nan))  # white above the diagonal
-    assert list(drawn["bars"]) == ["joint", "fno + mask"]
+    np.testing.assert_allclose(found, np.where(np.tri(3) > 0, 100 * R, np.nan))  # grey above the diagonal
+    assert list(drawn["bars"]) == ["fno", "fno + mask"]
 
 
 def test_forgetting_and_its_remedy_on_digits(no_figures, tmp_path):
