@@ -24,10 +24,9 @@ vector is lam w_i + (1 - lam) w_j.
     torchrun --nproc-per-node 4 bmls_msclf.py --dataset folder:PATH       four GPUs
 
 WHAT THE SOURCE LEAVES OPEN. It names neither the pairs, nor an epoch, nor the distribution of lam, nor the
-formula of MS-Clf: both remedies are reconstructions. Ours: unordered pairs, same-class pairs included; an
-epoch is N mixed samples; one lam per batch, from Beta(1, 1); the loss `raw`. The abstract says that balance
-and singletons help; our runs show the first, not the second. The author's released code for long tails pairs
-distinct classes within a batch, without negatives: --pairs distinct --ms dot --classifier etf.
+formula of MS-Clf: both are reconstructions. Ours: unordered pairs, also (i, i); an epoch is N mixed samples;
+one lam per batch, from Beta(1, 1); the loss `raw`. The abstract says that balance and singletons help; our
+runs show the first only. The author's code for long tails: --pairs distinct --ms dot --classifier etf.
 """
 
 # %% [markdown]
@@ -65,9 +64,8 @@ class InstanceSampler:
 
 # %% [markdown]
 # ## Balanced Mixed Label Sampler (BMLS)
-# There are $K(K+1)/2$ unordered pairs of classes. A sweep deals each of them once, in shuffled order; then
-# the next one begins. So after any number of draws the counts of two pairs differ by at most one. Within a
-# class images come in shuffled cycles. (Reconstructed; the abstract names deterministic pairs per epoch.)
+# A sweep deals each of the $K(K+1)/2$ unordered pairs of classes once, shuffled; then the next one begins. So
+# the counts of two pairs never differ by more than one. (Reconstructed; the abstract: deterministic pairs.)
 
 
 # %%
@@ -85,7 +83,7 @@ class BalancedMixedLabelSampler:
         self.generator = generator
         self.pairs = torch.triu_indices(K, K, offset=int(pairs == "distinct")).T  # (M, 2)
         self.sweep = self.pairs[:0]  # what is left of the sweep
-        self.cycles = list(torch.argsort(y, stable=True).split(n.tolist()))  # the images of each class
+        self.cycles = list(torch.argsort(y, stable=True).split(n.tolist()))  # images per class
         self.left = [cycle[:0] for cycle in self.cycles]  # what is left of each cycle
 
     def draw(self, T: int) -> Tensor:
@@ -188,7 +186,8 @@ def ms_raw(z: Tensor, a: Tensor, b: Tensor, lam: Tensor) -> Tensor:
 def ms_unit(z: Tensor, W: Tensor, a: Tensor, b: Tensor, lam: Tensor) -> Tensor:
     """MS-Clf over K^2 normalised mixed vectors. z (B, K), W (K, d) unit rows, lam () -> scalar; O(B K^2)."""
     square = lam**2 + (1 - lam) ** 2 + 2 * lam * (1 - lam) * (W @ W.T)  # (K, K)
-    mixed = (lam * z[:, :, None] + (1 - lam) * z[:, None, :]) / square.clamp_min(1e-12).sqrt()  # (B, K, K)
+    length = square.clamp_min(1e-12).sqrt()
+    mixed = (lam * z[:, :, None] + (1 - lam) * z[:, None, :]) / length  # (B, K, K)
     return F.cross_entropy(mixed.flatten(1), a * len(W) + b)
 
 
@@ -231,7 +230,7 @@ def layer_peeled(q: Tensor, p: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
     """
     p = p[:, None]  # (S, 1)
 
-    def loss(W, G):  # G = sqrt(p_s) h_s turns both penalties into plain squared norms
+    def loss(W, G):  # G = sqrt(p_s) h_s: plain squared norms
         H = G / p.sqrt()
         ce = -(p * q * F.log_softmax(H @ W.T, 1)).sum()  # (S, d) @ (d, K) -> (S, K)
         return ce + math.sqrt(penalty) / 2 * (W.square().sum() + G.square().sum())
@@ -278,10 +277,8 @@ def rare_cosine(method: str, times: float, alpha: float = 1.0) -> float:
 #    gradient along $u$ has squared length $u^T \mathbb E[q q^T] u = \mathbb E[q_i^2] - \mathbb E[q_i q_j]$.
 # 4. Without Mixup that is $n_B/N$; with it $\frac{n_B}{N} \mathbb{E}[\lambda^2 + (1-\lambda)^2]
 #    = \frac{n_B}{N} \frac{\alpha+1}{2\alpha+1}$.
-# 5. All is convex in $W G^T$: collapse is optimal exactly while this is $\le \lambda_W \lambda_H$. Mixup
-#    moves the threshold by $\frac{2\alpha+1}{\alpha+1}$, which is 3/2 at $\alpha = 1$.
-#
-# The threshold without Mixup is Hong & Ling's (2023); the one with Mixup is derived here.
+# 5. All is convex in $W G^T$: collapse is optimal exactly while this is $\le \lambda_W \lambda_H$ (Hong &
+#    Ling 2023). Mixup moves that by $\frac{2\alpha+1}{\alpha+1}$, 3/2 at $\alpha = 1$ (derived here).
 
 
 # %%
@@ -529,7 +526,7 @@ def train(args: argparse.Namespace, run: common.Run, data: common.Dataset) -> di
         pairs = sampler.draw(N)  # (N, 2): the two images of each mixed sample
         labels = data.train_y[pairs].to(run.device)  # (N, 2)
         batches = images.epoch(pairs, args.batch_size, generator)  # each its own crop and flip
-        seed = int(torch.randint(2**31, (), generator=generator))  # torch's Beta takes no generator
+        seed = int(torch.randint(2**31, (), generator=generator))  # torch's takes none
         lams = torch.from_numpy(np.random.default_rng(seed).beta(args.alpha, args.alpha, steps)).float()
         lams = lams.to(run.device) if mixes else torch.ones(steps, device=run.device)
         model.train()
@@ -538,7 +535,8 @@ def train(args: argparse.Namespace, run: common.Run, data: common.Dataset) -> di
             with run.autocast():  # bf16 inside the network only
                 h = network(lam * x_a + (1 - lam) * x_b)  # (B, d)
             h, W, z = classifier(h)  # (B, d), (K, d), (B, K)
-            loss = loss_of(h, W, z, a, b, lam, n)
+            norms = W.square().sum() + h.square().sum(1).mean()  # of section 2
+            loss = loss_of(h, W, z, a, b, lam, n) + args.penalty / 2 * norms
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -630,10 +628,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--classifier", choices=["learnable", "etf"], default="learnable", help="etf: fixed, d >= K")
     add("--alpha", type=float, default=1.0, help="of lam's Beta(alpha, alpha)")
     add("--pairs", choices=["unordered", "distinct"], default="unordered", help="what BMLS balances")
+    add("--penalty", type=float, default=0.0, help="on W and h, as in theory")
     add("--ms", choices=["raw", "unit", "dot"], default="raw", help="reading of MS-Clf")
     args = flags.parse(argv, ABOUT, ["ce", "mixup", "bmls+ms"], RECIPES, dataset="digitslt", eval_every=5)
     if args.ms == "dot" and args.classifier != "etf":
         raise common.UserError("--ms dot: add --classifier etf, a fixed one")
+    if args.penalty and (args.ms, args.classifier) != ("raw", "learnable"):
+        raise common.UserError("--penalty: add --ms raw --classifier learnable")
     return args
 
 
@@ -651,7 +652,7 @@ def main(argv: list[str] | None = None) -> dict:
     runs = common.finished_runs(args, data)
     common.print_table(runs, COLUMNS, ABOUT)
     draw_class_vectors(args.folder / "class_vectors.png", runs)
-    print(f"figure: {args.folder / 'class_vectors.png'}; red block: collapse")
+    print(f"figure: {args.folder / 'class_vectors.png'}")
     return {"results": [run.finished for run in runs], "folder": str(args.folder)}
 
 

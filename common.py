@@ -783,7 +783,7 @@ class Flags(argparse.ArgumentParser):
 # Shared flags that decide what is computed: with other values a run is another one. A chapter's own all do.
 COMPARED = {"dataset", "imbalance", "profile", "image_size", "test_share", "epochs", "batch_size", "lr"}
 COMPARED |= {"weight_decay", "eval_every", "precision", "compile"}
-MAY_BE_0 = {"seed", "weight_decay", "test_share", "dim", "contexts"}
+MAY_BE_0 = {"seed", "weight_decay", "test_share", "dim", "contexts", "penalty"}
 
 
 def prepare_data(args: Namespace, per_class: int = 0) -> Dataset:

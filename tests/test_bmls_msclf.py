@@ -265,6 +265,18 @@ def test_a_loss_without_negatives_needs_a_fixed_head(user_error):
         script.parse(["--ms", "dot"])
 
 
+def test_the_penalty_shrinks_features_and_class_vectors(tmp_path, user_error):
+    """lam/2 (|W|^2 + mean |h|^2): at its optimum both terms are equal, as in the layer-peeled model."""
+    with user_error("--penalty", "--ms raw"):
+        script.parse(["--penalty", "0.1", "--ms", "unit"])
+    argv = ["--method", "ce", "--epochs", "10", "--eval-every", "10", "--weight-decay", "0"]
+    argv += ["--penalty", "0.05", "--precision", "fp32", "--out", str(tmp_path)]
+    script.main(argv)
+    kept = script.common.Run(tmp_path / "bmls_msclf" / "digitslt" / "ce" / "seed0").load_features()
+    norms = np.square(kept["W"]).sum(), np.square(kept["train_h"]).sum(1).mean()
+    assert norms[0] == pytest.approx(norms[1], rel=0.1) and norms[0] < 25
+
+
 def test_what_is_not_mixed_sees_one_image_whole(tmp_path, monkeypatch):
     """lam is 1 for ce and cb, and of Beta(alpha, alpha) for the others, one per batch."""
     seen = {}
