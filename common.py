@@ -195,7 +195,7 @@ def _read_folder(path: Path, size: int, test_share: float) -> dict:
 
     try:
         if (test_share > 0) == any((path / split).is_dir() for split in ("train", "test")):
-            raise ValueError(f"--test-share is {test_share:g}")
+            raise ValueError(f"--test-share is {test_share:g}" if path.is_dir() else "not found")
         if test_share:
             x, y, classes = _read_images(path, size)
             train, test = train_test_split(range(len(y)), test_size=test_share, stratify=y, random_state=0)

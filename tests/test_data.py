@@ -273,6 +273,8 @@ def test_a_folder_laid_out_wrongly_or_beyond_memory_is_refused(tree, user_error)
     refused("its only class is cat")
     (tree / "test").rename(tree / "rest")
     refused("/test")
+    tree.rename(tree.with_name("elsewhere"))
+    refused("not found")
 
 
 def deep_png() -> bytes:
