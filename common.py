@@ -612,15 +612,16 @@ def one_vs_rest_distance(V: Tensor) -> Tensor:
     The margin max_h min_j <w_k - w_j, h> over unit h (Jiang et al. 2024); at best K/(K-1) if K <= d + 1. With
     rows D_j = v_j - v_k, a is w / sum(w) for w = argmin ||D^T w||^2 + (1^T w - 1)^2 over w >= 0.
     """
-    from scipy.optimize import nnls
+    from scipy.optimize import lsq_linear  # nnls errs in SciPy 1.12 to 1.15
 
     V = unit(V).cpu()
     K, d = V.shape
     distance = V.new_full((K,), math.nan)
     if V.isfinite().all():
-        for k in tqdm(range(K), desc="one-vs-rest distance", leave=False, disable=None if K > 200 else True):
+        for k in range(K):
             D = (torch.cat([V[:k], V[k + 1 :]]) - V[k]).numpy()
-            w, _ = nnls(np.vstack([D.T, np.ones(K - 1)]), np.append(np.zeros(d), 1))
+            A = np.vstack([D.T, np.ones(K - 1)])
+            w = lsq_linear(A, np.append(np.zeros(d), 1), (0, np.inf), "bvls", 1e-14).x
             distance[k] = np.linalg.norm(w @ D) / w.sum()
     return distance
 
@@ -1198,8 +1199,7 @@ def heat_maps(path: Path, maps: dict[str, np.ndarray], *, label: str, limits: tu
     for i, (name, values) in enumerate(maps.items()):
         plot = figure.add_subplot(rows, columns, i + 1)
         image = plot.imshow(values, cmap=colours, interpolation="nearest", vmin=limits[0], vmax=limits[1])
-        plot.set_facecolor("0.85")
-        plot.set(**axes)
+        plot.set(facecolor="0.85", **axes)
         plot.set_title(name, parse_math=False)  # a class name may hold a $
     figure.colorbar(image, ax=figure.axes, label=label)
     save_figure(path, figure)
