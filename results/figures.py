@@ -98,7 +98,7 @@ def collapse_map(runs: list[Run], path: Path) -> None:
         middle = math.sqrt(edges["ce"] * edges["mixup"])
         plot.text(middle, 1.02, f"x {ratio:.1f}", ha="center")
     plot.set(xscale="log", title="How small must a class be to collapse?")
-    plot.set_xticks(list(sizes), [str(n) for n in sizes.values()])
+    plot.set_xticks(list(sizes), [str(n) for n in sizes.values()], fontsize="small")
     plot.set_xticks([], minor=True)
     plot.set(xlabel=r"$n_B$, images of one rare class (at its share of all images)")
     plot.set(ylabel="cosine of rare class vectors (1: collapse)", ylim=(-0.2, 1.12))
