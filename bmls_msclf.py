@@ -314,7 +314,7 @@ def draw_pairs(path: Path, counts: dict[str, Tensor]) -> None:
     titles = {"instance": "Mixup", "class": "class-balanced", "balanced": "BMLS"}
     maps = {titles[name]: count.numpy() for name, count in counts.items()}
     axes = {"xlabel": "class: five common, five rare", "ylabel": "class", "limits": (0, 30)}
-    common.heat_maps(path, maps, label="mixed samples per epoch, up to 30", diverging=False, **axes)
+    common.heat_maps(path, maps, label="samples per epoch (yellow: >= 30)", diverging=False, **axes)
 
 
 def draw_thresholds(path: Path) -> None:
@@ -526,7 +526,7 @@ def train(args: argparse.Namespace, run: common.Run, data: common.Dataset) -> di
         pairs = sampler.draw(N)  # (N, 2): the two images of each mixed sample
         labels = data.train_y[pairs].to(run.device)  # (N, 2)
         batches = images.epoch(pairs, args.batch_size, generator)  # each its own crop and flip
-        seed = int(torch.randint(2**31, (), generator=generator))  # torch's takes none
+        seed = int(torch.randint(2**31, (), generator=generator))  # for NumPy's beta
         lams = torch.from_numpy(np.random.default_rng(seed).beta(args.alpha, args.alpha, steps)).float()
         lams = lams.to(run.device) if mixes else torch.ones(steps, device=run.device)
         model.train()

@@ -202,7 +202,7 @@ def fall(steps: list[int], n: int = 30, penalty: float = 0.02) -> tuple[dict[int
         if step in steps:
             states[step] = (H, W)
         slope_H, slope_W = gradient(H, W)
-        H = H - n * slope_H  # the loss of one has the factor 1/N
+        H = H - n * slope_H  # a feature's slope goes with 1/N
         W = W - slope_W
     return states, y
 
