@@ -207,9 +207,8 @@ def _read_folder(path: Path, size: int, test_share: float) -> dict:
         return dict(train_x=x, train_y=y, test_x=test_x, test_y=test_y, classes=classes)
     except (OSError, ValueError) as error:  # no such folder, a class without an image, too few to split
         layout = "PATH/train/CLASS/IMAGE and PATH/test, or PATH/CLASS/IMAGE with --test-share 0.2"
-        raise UserError(
-            f"--dataset folder:{path}: {' '.join(str(error).split())}; expected {layout}"
-        ) from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"--dataset folder:{path}: {reason}; expected {layout}") from error
 
 
 def _read_images(root: Path, size: int) -> tuple[Tensor, Tensor, tuple[str, ...]]:
@@ -719,7 +718,7 @@ class Flags(argparse.ArgumentParser):
 
         methods: {name: what it is}; usual: without --method. recipes: {data set, or "": {flag: default}}.
         """
-        own = set(vars(self.parse_args([])))  # the chapter's flags, of which none is required
+        own = set(vars(self.parse_args([])))  # the chapter's flags; none is required
         self._add_shared([*methods, "all"])
         self.epilog = "\n".join(["methods:", *(f"  {name:<18}{what}" for name, what in methods.items())])
         self.set_defaults(method=usual, **defaults)
@@ -770,12 +769,7 @@ class Flags(argparse.ArgumentParser):
         add("--out", type=Path, default=Path("runs"), help="where runs go")
         add("--overwrite", action="store_true", help="train anew what is there")
         add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where it runs")
-        add(
-            "--precision",
-            choices=["auto", "fp32", "bf16"],
-            default="auto",
-            help="auto: bf16 where it is fast",
-        )
+        add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where fast")
         add("--compile", action="store_true", help="torch.compile the network")
         add("--dry-run", action="store_true", help="two steps, into OUT/dry-run")
         add("--synthetic", action="store_true", help="check the theory")
@@ -865,6 +859,10 @@ def write_atomically(path: Path, write) -> None:
             part.unlink()
 
 
+def _mapping(text: str) -> dict:
+    return {**json.loads(text)}  # other JSON raises TypeError
+
+
 class Run:
     """One run folder, OUT/SCRIPT/DATASET/METHOD/seedS: what was run, how it went, and where to go on.
 
@@ -876,9 +874,9 @@ class Run:
     def __init__(self, folder: Path):
         self.folder = Path(folder)
         self.name = self.folder.parent.name
-        self.config = self._read("config.json", json.loads)  # a flag that was not given stays None
-        self.finished = self._read("result.json", json.loads)
-        self.history = self._read("metrics.jsonl", lambda text: [*map(json.loads, text.splitlines())]) or []
+        self.config = self._read("config.json", _mapping)  # a flag that was not given stays None
+        self.finished = self._read("result.json", _mapping)
+        self.history = self._read("metrics.jsonl", lambda text: [*map(_mapping, text.splitlines())]) or []
 
     def _read(self, file: str, parse, unpack=Path.read_text):
         """parse(unpack(path)) of one of the files, None where it is missing."""
@@ -894,9 +892,8 @@ class Run:
     def prepare(self, model: torch.nn.ModuleDict) -> list[torch.nn.Module]:
         """The model's parts as training calls them. Speed only: --compile, and torchrun's several GPUs."""
         if ranks()[1] > 1 and self.device.type == "cuda":
-            torch.nn.SyncBatchNorm.convert_sync_batchnorm(
-                model
-            )  # in place; on CPUs statistics are the share's
+            # In place; on CPUs statistics are the share's
+            torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         parts = list(model.values())
         for i, part in enumerate(parts):
             if ranks()[1] > 1 and any(p.requires_grad for p in part.parameters()):
@@ -1001,7 +998,7 @@ class Run:
         result["seconds"] = sum(line["seconds"] for line in self.history)
         with first_rank_first():  # the other ranks have not tested
             self._write("result.json", json.dumps({**result, **measured}, indent=1))
-            self.finished = self._read("result.json", json.loads)
+            self.finished = self._read("result.json", _mapping)
 
     def other_code(self) -> str:
         """Which file has changed since this run began: the script, common.py, or none ("")."""
@@ -1139,15 +1136,18 @@ def command_line(main) -> None:
 
 
 # %% ---------------------------------------------------------------------------------------------- Figures
-# Colours of Okabe and Ito (2008), which the colour-blind can tell apart.
+# Colours of Okabe and Ito (2008), which the colour-blind can tell apart; methods of a line have the same.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"]
 MARKERS = "os^DPXv<"
-# One colour and marker per method in all figures
-STYLES = dict.fromkeys(["ce", "learnable", "none"], 0) | dict.fromkeys(["mixup", "ce+mixup", "fno"], 1)
-STYLES |= {"bmls+ms": 2, "sphere": 2, "cosine": 3, "cb": 3, "hug-fixed": 3, "cb-mixup": 4, "etf+ce": 4}
-STYLES |= {"etf+dr": 5, "bmls": 5, "etf+dr+mixup": 6, "balanced-softmax": 6, "cb+ms": 7}
-STYLES |= {"fixed+ce": 1, "fixed+squared": 2, "hug-mhe": 4, "fixed+distance": 5, "hug-mhe-squared": 6}
-STYLES |= {"hug-mhs": 5, "hug-mgd": 6, "ce+norm": 7}
+ALIKE = """ce learnable none
+mixup ce+mixup fno fixed+ce
+bmls+ms sphere fixed+squared
+cosine cb hug-fixed
+cb-mixup etf+ce hug-mhe
+etf+dr bmls hug-mhs fixed+distance
+etf+dr+mixup balanced-softmax hug-mgd hug-mhe-squared
+cb+ms ce+norm"""
+STYLES = {name: i for i, names in enumerate(ALIKE.splitlines()) for name in names.split()}
 
 
 def styles(names) -> dict[str, dict]:

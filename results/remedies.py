@@ -187,9 +187,8 @@ def measure(run: common.Run, method: Method, data: common.Dataset, held_out: int
     train = kept["train_h"], kept["train_y"]
     W = kept["W"]
     n = torch.bincount(train[1], minlength=len(W))
-    rare = (
-        (n <= n.sort().values[len(W) * 3 // 10 - 1]).nonzero().flatten()
-    )  # classes of one size stay together
+    largest = n.sort().values[len(W) * 3 // 10 - 1]
+    rare = (n <= largest).nonzero().flatten()  # classes of one size stay together
     test_h = kept["test_h"][:-held_out]
     test_y = kept["test_y"][:-held_out]
     judged = judge(run, method, data, held_out)

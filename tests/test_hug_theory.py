@@ -101,9 +101,7 @@ def test_finite_where_proxies_coincide_and_features_sit_on_them(kind, dtype):
     h = torch.tensor([[1, 0, 0], [-1, 0, 0], [0, 1, 0]], dtype=dtype).requires_grad_()
     value = script.hug_loss(h, W, torch.tensor([0, 0, 2]), kind)
     assert value.isfinite() and all(g.isfinite().all() for g in torch.autograd.grad(value, (h, W)))
-    h = (
-        W.detach().clone().requires_grad_()
-    )  # full collapse: every feature on its proxy has no gradient at all
+    h = W.detach().clone().requires_grad_()  # full collapse: at its proxy a feature has no gradient at all
     distance = script.distance_to_proxy(h, W.detach()).sum()
     (g,) = torch.autograd.grad(distance, h)
     assert distance < 1e-5 and (g == 0).all()

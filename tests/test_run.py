@@ -264,6 +264,15 @@ def test_a_damaged_file_is_named_and_no_object_is_unpickled(
     assert len(command("--overwrite")[0].load_features()) == 2  # the refusal does not hold the folder's lock
 
 
+@pytest.mark.parametrize("name", [name for name in FINISHED if "json" in name])
+@pytest.mark.parametrize("text", ["[]\n", "null\n"])
+def test_json_that_is_no_mapping_is_refused(name, text, command, folder, start, user_error):
+    start(FINISHED[name], "")
+    (folder / name).write_text(text)
+    with user_error(folder / name, "cannot be read", "--overwrite"):
+        command()
+
+
 @pytest.mark.parametrize("at, what, kept", [
     (1, "epoch 1, step 2", "none"), (3, "epoch 3, step 2", "epoch 2, /"),
     (4, "after epoch 4", "epoch 3, /"),  # weights, broken in the very last step
