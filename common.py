@@ -1136,7 +1136,7 @@ def command_line(main) -> None:
 
 
 # %% ---------------------------------------------------------------------------------------------- Figures
-# Colours of Okabe and Ito (2008), which the colour-blind can tell apart; methods of a line have the same.
+# Colours of Okabe and Ito (2008), which the colour-blind can tell apart. Methods on one line share one.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"]
 MARKERS = "os^DPXv<"
 ALIKE = """ce learnable none

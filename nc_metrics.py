@@ -530,7 +530,7 @@ def draw_collapse(run: common.Run, lines: list[dict]) -> None:
     looks = common.styles([*CURVES, "nc0"])
     for key, name in {**CURVES, "nc0": "NC0"}.items():
         values = [line[key] for line in lines]
-        if values[-1] == 0:  # no place on a log axis
+        if values[-1] == 0:  # has no place on a log axis
             last = [epoch for epoch, value in zip(epochs, values, strict=True) if value]
             name = f"{name} = 0 after epoch {max(last, default=0)}"
         plot = right if key == "nc0" else left
@@ -584,7 +584,7 @@ def read_features(path: Path) -> tuple[dict[str, Tensor], int]:
     try:
         with np.load(path, allow_pickle=False) as file:  # never unpickles
             arrays = {name: file[name] for name in names if name in file}
-    except Exception as error:  # missing or damaged: many kinds
+    except Exception as error:  # parsers raise many kinds
         require(False, f"not a readable features file ({getattr(error, 'strerror', type(error).__name__)})")
     require({"train_h", "train_y"} <= arrays.keys(), "train_h and train_y are needed together")
     require(("test_h" in arrays) == ("test_y" in arrays), "test_h and test_y are needed together")
@@ -671,7 +671,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         raise common.UserError("--json: only with --features FILE.npz or --run FOLDER")
     if args.optimizer != "sgd" and args.lr == flags.get_default("lr"):
         raise common.UserError(f"--optimizer {args.optimizer}: give --lr too, usually 0.001")
-    parts = [args.folder.name, args.coarse, args.optimizer]  # each its folder
+    parts = [args.folder.name, args.coarse, args.optimizer]
     args.folder = args.folder.with_name("-".join(part for part in parts if part and part != "sgd"))
     return args
 
