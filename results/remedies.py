@@ -109,7 +109,7 @@ def choose(args: argparse.Namespace, held_out: int) -> dict[str, str]:
     """{method: weight decay} whose own head, of the first seed, is right on most held-out images."""
     chosen = {}
     rows = []
-    for name in METHODS:
+    for name in args.method:
         on_held_out = {}
         cells = dict.fromkeys(args.weight_decay, "-")
         for decay in args.weight_decay:
@@ -264,6 +264,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--figure", type=Path, help="PNG to write")
     parser.add_argument("--dataset", choices=["cifar10", "cifar100"], default="cifar10")
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
+    quoted = ", ".join(f'"{name}"' for name in METHODS)
+    parser.add_argument(
+        "--method", choices=METHODS, nargs="+", default=list(METHODS), metavar="NAME", help=quoted
+    )
     parser.add_argument("--epochs", type=int, nargs="+", default=[60], help="the longest chooses")
     parser.add_argument("--seed", type=int, nargs="+", default=[0], help="the first is trained on the grid")
     parser.add_argument("--weight-decay", nargs="+", default=DECAYS, help="the grid")
@@ -280,7 +284,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[int, list[dict]]]:
     held_out = hold_out(args.dataset, args.data_dir, args.folder / "data")
     if not args.no_training:
         for decay in args.weight_decay:
-            train(args, last, decay, list(METHODS), args.seed[:1])
+            train(args, last, decay, args.method, args.seed[:1])
     chosen = choose(args, held_out)
     if not chosen:
         raise UserError(f"{args.folder}: no run of {last} epochs and seed {args.seed[0]} is finished")
